@@ -1,0 +1,5 @@
+import sys
+
+from maskdp.cli import main
+
+sys.exit(main())
