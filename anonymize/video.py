@@ -1,0 +1,227 @@
+"""Video files: decoding clip by clip in bounded memory, encoding, hashing (PyAV)."""
+
+import contextlib
+import dataclasses
+import fractions
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterable, Iterator
+
+import av
+import numpy as np
+
+from maskdp import atomic
+from maskdp.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """Consecutive frames of a video.
+
+    Attributes:
+        frames: (T, H, W, 3) uint8 RGB.
+        fps: frames a second.
+    """
+
+    frames: np.ndarray
+    fps: float
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoInfo:
+    """What a file's header says: upright size in square pixels, rate, and length where the header states it."""
+
+    width: int
+    height: int
+    fps: float
+    frames: int | None
+    seconds: float | None
+
+
+@contextlib.contextmanager
+def _opened(path: os.PathLike | str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    path = pathlib.Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, expected a video file")
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path}: cannot be read, permission denied")
+    try:
+        container = av.open(str(path))
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a video that can be opened, or cut off ({_reason(error)})") from None
+    with container:
+        streams = [stream for stream in container.streams.video if not _is_cover(stream)]
+        if not streams:
+            raise UserError(f"{path}: holds no video stream, expected one")
+        yield container, streams[0]
+
+
+def _is_cover(stream: av.VideoStream) -> bool:
+    return bool(stream.disposition & av.stream.Disposition.attached_pic)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _size(stream: av.VideoStream, frame: av.VideoFrame, short_side: int | None) -> tuple[int, int]:
+    """Even (width, height), in the stored orientation, with square pixels."""
+    aspect = stream.sample_aspect_ratio or fractions.Fraction(1)
+    sides = [int(frame.width * aspect), frame.height]
+    short = min(sides)
+    limit = short if short_side is None else min(short, short_side)
+    width, height = (max(2, side * limit // short // 2 * 2) for side in sides)
+    return width, height
+
+
+def _quarter_turns(frame: av.VideoFrame) -> int:
+    """Counter-clockwise quarter turns that make the frame upright."""
+    return round(frame.rotation / 90) % 4
+
+
+def _fps(times: list[float], average_rate: fractions.Fraction | None) -> float:
+    """The rate of the time stamps, or the header's where it agrees within 5 % (time stamps may be rounded)."""
+    header = float(average_rate or 0)
+    span = times[-1] - times[0]
+    measured = (len(times) - 1) / span if span > 0 else 0.0
+    if header and (not measured or abs(measured / header - 1) < 0.05):
+        return header
+    return measured or 25.0
+
+
+def _decode(path, container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    """Every frame of the stream; raises UserError where decoding breaks or the file ends before its header says."""
+    stream.thread_type = "AUTO"
+    stream.codec_context.options = {"err_detect": "explode"}
+    count, end, step = 0, 0.0, 0.04
+
+    def broken(reason: str) -> UserError:
+        return UserError(f"{path}: broken after {count} frames ({reason}), expected a whole video")
+
+    try:
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                raise broken("corrupt packet")
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    raise broken("corrupt frame")
+                yield frame
+                count += 1
+                if frame.time is not None:
+                    step = float(frame.duration * frame.time_base) if frame.duration else step
+                    end = max(end, frame.time + step)
+    except (av.FFmpegError, OSError) as error:
+        raise broken(_reason(error)) from None
+    if not count:
+        raise UserError(f"{path}: holds no frames, expected at least one")
+    expected, slack = _expected_end(container, stream)
+    if expected and end < expected - max(slack, 2.5 * step):
+        raise broken(f"ends at {end:.2f} s of {expected:.2f} s")
+
+
+def _expected_end(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[float, float]:
+    """Seconds at which the header says the stream ends (0: unknown), and how far to trust it.
+
+    A stream's own length is exact; the container's is that of its longest stream, which may be the sound.
+    """
+    if stream.duration:
+        return float(((stream.start_time or 0) + stream.duration) * stream.time_base), 0.0
+    if container.duration:
+        seconds = ((container.start_time or 0) + container.duration) / av.time_base
+        return seconds, 0.0 if len(container.streams) == 1 else max(1.0, 0.1 * seconds)
+    return 0.0, 0.0
+
+
+def clips(path: os.PathLike | str, *, short_side: int | None = None, max_frames: int) -> Iterator[Video]:
+    """Consecutive clips of at most `max_frames` frames; no more than one clip is held in memory.
+
+    Frames are upright, have square pixels and even sides, and are scaled down (area filter) until the shorter side is
+    at most `short_side` pixels; None keeps the size.
+
+    Raises:
+        UserError: missing, unreadable, not a video, no frames, or broken before its end. Frames before the break have
+            then been yielded already: a caller must not take them for the whole video.
+    """
+    if max_frames < 1 or (short_side is not None and short_side < 2):
+        raise ValueError(f"clips: max_frames {max_frames}, short_side {short_side}; expected at least 1 and 2")
+    frames: list[np.ndarray] = []
+    times: list[float] = []
+    size = turns = None
+
+    def clip() -> Video:
+        video = Video(np.stack(frames), _fps(times or [0.0], stream.average_rate))
+        frames.clear()
+        times.clear()
+        return video
+
+    with _opened(path) as (container, stream):
+        for frame in _decode(path, container, stream):
+            if size is None:
+                size, turns = _size(stream, frame, short_side), _quarter_turns(frame)
+            image = frame.reformat(*size, format="rgb24", interpolation="AREA").to_ndarray()
+            frames.append(np.rot90(image, turns))
+            if frame.time is not None:
+                times.append(frame.time)
+            if len(frames) == max_frames:
+                yield clip()
+        if frames:
+            yield clip()
+
+
+def probe(path: os.PathLike | str) -> VideoInfo:
+    """Size, rate and length of a video, from its header and first frame.
+
+    Raises:
+        UserError: missing, unreadable, not a video, or without frames.
+    """
+    with _opened(path) as (container, stream):
+        frame = next(_decode(path, container, stream))
+        width, height = int(frame.width * (stream.sample_aspect_ratio or 1)), frame.height
+        if _quarter_turns(frame) % 2:
+            width, height = height, width
+        seconds, slack = _expected_end(container, stream)
+        length = seconds if seconds and not slack else None
+        return VideoInfo(width, height, _fps([0.0], stream.average_rate), stream.frames or None, length)
+
+
+def encode(path: os.PathLike | str, frames: Iterable[np.ndarray], fps: float, *, crf: int = 18) -> None:
+    """Writes an H.264 mp4 (4:2:0), whole or not at all; the same frames give the same bytes.
+
+    Args:
+        frames: (H, W, 3) uint8 RGB each. H.264 wants even sides: an odd side is padded by repeating its last pixel.
+        crf: x264's constant rate factor; 0 is the best, 51 the worst.
+
+    Raises:
+        ValueError: no frames.
+    """
+    with atomic.writing(path) as aside, av.open(str(aside), "w", format="mp4") as container:
+        stream = None
+        for frame in frames:
+            height, width = frame.shape[:2]
+            if height % 2 or width % 2:
+                frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            if stream is None:
+                rate = fractions.Fraction(fps).limit_denominator(1001)
+                stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": "veryfast"})
+                stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "yuv420p"
+                stream.codec_context.thread_count = 1  # x264's output depends on the number of threads
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        if stream is None:
+            raise ValueError(f"{path}: no frames to encode")
+        container.mux(stream.encode(None))
+
+
+def sha256(path: os.PathLike | str) -> str:
+    """Hash of a file's bytes, hex: the name a source goes by in a dataset.
+
+    Raises:
+        UserError: the file is missing, a folder or unreadable.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: {_reason(error)}") from None
