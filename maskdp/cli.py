@@ -27,7 +27,9 @@ COMMANDS = {
 def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, (_, _, text) in COMMANDS.items()]
-    return "\n".join([f"maskdp {__version__}", "usage: maskdp COMMAND [options]", "", *lines, "", "maskdp COMMAND --help"])
+    return "\n".join(
+        [f"maskdp {__version__}", "usage: maskdp COMMAND [options]", "", *lines, "", "maskdp COMMAND --help"]
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """Configuration: frozen dataclasses parsed by draccus from YAML with command-line overrides.
 
-Unknown keys, wrong types and impossible values are errors of one line. Every run writes the resolved config and its hash.
+Unknown keys, wrong types and impossible values are errors of one line. Every run writes the resolved config and its
+hash.
 """
 
 import hashlib
@@ -76,5 +77,3 @@ def one_of(owner: object, name: str, choices) -> None:
     value = getattr(owner, name)
     if value not in choices:
         raise UserError(f"{type(owner).__name__}.{name}: {value!r}, expected one of {', '.join(map(str, choices))}")
-
-

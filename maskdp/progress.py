@@ -1,5 +1,4 @@
-"""The progress bar of every long command: count, rate, time left. Silent when the output is not a terminal... but alive:
-a line now and then, so that a log shows the work moving."""
+"""The progress bar of every long command: count, rate, time left. Where the output is no terminal, a line at times."""
 
 import contextlib
 import sys

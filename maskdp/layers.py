@@ -1,0 +1,310 @@
+"""The contract between the two stages: a clip is two layers, never one finished video.
+
+`public/rgba` holds the rendered avatars over nothing, lossless; `private/rgb` the scene with the people removed. A
+model sees the composite `x = α·A + (1−α)·B`; the public view `x̃ = α·A + (1−α)·fill` has a constant for the scene.
+
+Stored as TFDS shards in ArrayRecord files; neither writing nor reading needs TensorFlow.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+
+from maskdp import __version__, atomic
+from maskdp.errors import UserError
+
+FILL = 128
+"""The constant that stands for the private layer in the public view."""
+
+FORMAT = "maskdp two-layer 1"
+SHARDS = "shards"
+CONTEXTS = ("none", "scene")
+"""What the public layer was drawn from: `none` of the scene, or the `scene` (no masked-DP ε is stated for it)."""
+
+_NAME = "two_layer"
+_VERSION = "1.0.0"
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoLayerClip:
+    """One clip in two layers.
+
+    Attributes:
+        rgba: public layer; straight (not premultiplied) colour, 0 wherever alpha is 0.
+        private: private layer, the scene with the people removed.
+        label: class index; -1 where unknown.
+        clip_id: unique key of the clip, `video_id` and a running number.
+        video_id, scene_id: keys of the privacy unit: the video, and the place it was filmed in.
+        subject_ids: every person in the clip.
+        source: SHA-256 of the source file, never a path.
+        fps: frames per second.
+    """
+
+    rgba: UInt8[np.ndarray, "t h w 4"]
+    private: UInt8[np.ndarray, "t h w 3"]
+    label: int
+    clip_id: str
+    video_id: str
+    scene_id: str
+    subject_ids: tuple[str, ...]
+    source: str
+    fps: float
+
+    def __post_init__(self):
+        check_layers(self.rgba, self.private, self.clip_id)
+
+
+def check_layers(rgba: np.ndarray, private: np.ndarray, clip_id: str) -> None:
+    """Raises UserError unless both layers keep the contract: shapes, types, and no colour where alpha is 0.
+
+    The last is a privacy rule: hidden colour in the public layer would hand out the scene.
+    """
+    if rgba.dtype != np.uint8 or private.dtype != np.uint8:
+        raise UserError(f"clip {clip_id}: layers of {rgba.dtype} and {private.dtype}, expected uint8")
+    if rgba.ndim != 4 or rgba.shape[3] != 4 or private.shape != (*rgba.shape[:3], 3) or not rgba.size:
+        raise UserError(f"clip {clip_id}: layers {rgba.shape} and {private.shape}, expected (T, H, W, 4), (T, H, W, 3)")
+    if rgba[rgba[..., 3] == 0].any():
+        raise UserError(f"clip {clip_id}: public layer has colour where alpha is 0, expected 0")
+
+
+def composite(rgba: UInt8[np.ndarray, "*t h w 4"], private: UInt8[np.ndarray, "*t h w 3"]) -> np.ndarray:
+    """`x = α·A + (1−α)·B`, rounded to uint8. Pixels with α = 255 equal A exactly, with α = 0 equal B exactly."""
+    alpha = rgba[..., 3:].astype(np.uint16)
+    return ((alpha * rgba[..., :3] + (255 - alpha) * private + 127) // 255).astype(np.uint8)
+
+
+def public_view(rgba: UInt8[np.ndarray, "*t h w 4"], fill: int = FILL) -> np.ndarray:
+    """`x̃ = α·A + (1−α)·fill`: the composite over a private layer of the constant `fill`, by the same arithmetic."""
+    return composite(rgba, np.full((*rgba.shape[:-1], 3), fill, np.uint8))
+
+
+def _features(labels: Sequence[str], private_format: str):
+    import tensorflow_datasets as tfds
+
+    image = tfds.features.Image
+    return tfds.features.FeaturesDict(
+        {
+            "public": {"rgba": tfds.features.Sequence(image(shape=(None, None, 4), encoding_format="png"))},
+            "private": {"rgb": tfds.features.Sequence(image(shape=(None, None, 3), encoding_format=private_format))},
+            "label": tfds.features.ClassLabel(names=list(labels)),
+            "clip_id": tfds.features.Text(),
+            "video_id": tfds.features.Text(),
+            "scene_id": tfds.features.Text(),
+            "subject_ids": tfds.features.Sequence(tfds.features.Text()),
+            "source": tfds.features.Text(),
+            "fps": np.float32,
+            "frames": np.int32,
+        }
+    )
+
+
+def _encode(frames: np.ndarray, extension: str, options: Sequence[int] = ()) -> list[io.BytesIO]:
+    code = cv2.COLOR_RGBA2BGRA if frames.shape[-1] == 4 else cv2.COLOR_RGB2BGR
+    return [io.BytesIO(cv2.imencode(extension, cv2.cvtColor(frame, code), options)[1]) for frame in frames]
+
+
+def _example(clip: TwoLayerClip, private_format: str) -> dict[str, Any]:
+    quality = (cv2.IMWRITE_JPEG_QUALITY, 92) if private_format == "jpeg" else ()
+    return {
+        "public": {"rgba": _encode(clip.rgba, ".png")},
+        "private": {"rgb": _encode(clip.private, f".{private_format}", quality)},
+        "label": clip.label,
+        "clip_id": clip.clip_id,
+        "video_id": clip.video_id,
+        "scene_id": clip.scene_id,
+        "subject_ids": list(clip.subject_ids),
+        "source": clip.source,
+        "fps": clip.fps,
+        "frames": len(clip.rgba),
+    }
+
+
+@functools.cache
+def _builder_class():
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+
+    class TwoLayer(tfds.core.GeneratorBasedBuilder):
+        name = _NAME
+        VERSION = tfds.core.Version(_VERSION)
+
+        def __init__(self, *, clips, labels, metadata, private_format, **options):
+            self._clips, self._labels, self._metadata = clips, labels, metadata
+            self._private_format = private_format
+            super().__init__(**options)
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description="Clips in two layers: synthetic avatars (public) over the scene (private).",
+                features=_features(self._labels, self._private_format),
+                metadata=tfds.core.MetadataDict(self._metadata),
+            )
+
+        def _split_generators(self, _):
+            return {split: self._generate_examples(clips) for split, clips in self._clips.items()}
+
+        def _generate_examples(self, clips):
+            for clip in clips:
+                yield clip.clip_id, _example(clip, self._private_format)
+
+    return TwoLayer
+
+
+def write_dataset(
+    folder: str | pathlib.Path,
+    clips: Mapping[str, Iterable[TwoLayerClip]],
+    labels: Sequence[str],
+    *,
+    context: str = "none",
+    private_format: str = "jpeg",
+    notes: Mapping[str, Any] | None = None,
+) -> pathlib.Path:
+    """Writes `clips` (split name → clips, consumed one at a time) as TFDS shards to `folder/shards`, in one step.
+
+    Args:
+        folder: where `shards/` appears, whole, once every clip is written; an older one there is replaced.
+        labels: class names; a clip's label indexes it.
+        context: what the public layer was drawn from, one of CONTEXTS; recorded in the metadata.
+        private_format: `jpeg` (lossy, quality 92) or `png`, for the private layer only. The public one is always PNG.
+        notes: further metadata of plain JSON types.
+
+    Returns:
+        The path `folder/shards`, which opens with `tfds.builder_from_directory`.
+    """
+    if context not in CONTEXTS:
+        raise ValueError(f"context: {context!r}, expected one of {CONTEXTS}")
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": FORMAT, "context": context, "fill": FILL, "maskdp": __version__, **(notes or {})}
+    final = folder / SHARDS
+    with tempfile.TemporaryDirectory(prefix=f".{SHARDS}.", dir=folder) as building:
+        builder = _builder_class()(
+            clips=clips,
+            labels=labels,
+            metadata=metadata,
+            private_format=private_format,
+            data_dir=building,
+            file_format="array_record",
+        )
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download that is none
+            builder.download_and_prepare()
+        # A reader sees the old shards, none, or the new ones; never a mixture.
+        old = pathlib.Path(building) / "old"
+        if final.exists():
+            final.rename(old)
+        with atomic.folder(final) as aside:
+            for file in (pathlib.Path(building) / _NAME / _VERSION).iterdir():
+                shutil.move(file, aside / file.name)
+    return final
+
+
+class Dataset:
+    """A written two-layer dataset: random access to clips, with images decoded only when asked for.
+
+    Attributes:
+        path: the folder of the shards.
+        labels: class names.
+        metadata: what `write_dataset` recorded (`context`, `fill`, notes).
+    """
+
+    def __init__(self, folder: str | pathlib.Path):
+        import tensorflow_datasets as tfds
+
+        folder = pathlib.Path(folder)
+        self.path = folder / SHARDS if (folder / SHARDS).is_dir() else folder
+        if not (self.path / "dataset_info.json").exists():
+            raise UserError(f"{folder}: not a two-layer dataset, expected a folder that `maskdp anonymize` wrote")
+        self._builder = tfds.builder_from_directory(self.path)
+        self.metadata = dict(self._builder.info.metadata or {})
+        if self.metadata.get("format") != FORMAT:
+            raise UserError(f"{folder}: format {self.metadata.get('format')!r}, expected {FORMAT!r}")
+        self.labels: list[str] = self._builder.info.features["label"].names
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits."""
+        return sorted(self._builder.info.splits)
+
+    def __getitem__(self, split: str) -> "Split":
+        if split not in self._builder.info.splits:
+            raise UserError(f"{self.path}: no split {split!r}, expected one of {', '.join(self.splits)}")
+        return Split(self._builder, split)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over every file of the dataset, hex: the same data gives the same value wherever it lies."""
+        total = hashlib.sha256()
+        for file in sorted(self.path.iterdir()):
+            with open(file, "rb") as opened:
+                total.update(file.name.encode() + b"\0" + hashlib.file_digest(opened, "sha256").digest())
+        return total.hexdigest()
+
+
+class Split:
+    """One split of a dataset, a sequence of records. `records[i]` decodes no image; `clip(i)` decodes all of them."""
+
+    def __init__(self, builder, split: str):
+        import tensorflow_datasets as tfds
+
+        self.name = split
+        self._source = builder.as_data_source(split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> "Record":
+        return Record(self._source[index])
+
+    def __iter__(self) -> Iterator["Record"]:
+        return (self[index] for index in range(len(self)))
+
+    def clip(self, index: int) -> TwoLayerClip:
+        """Clip `index`, every frame decoded and the contract checked."""
+        return self[index].clip()
+
+
+class Record:
+    """One stored clip: its keys at once, its frames on demand."""
+
+    def __init__(self, serialized: bytes):
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        feature = tf_example_pb2.Example.FromString(serialized).features.feature
+        self._public = feature["public/rgba"].bytes_list.value
+        self._private = feature["private/rgb"].bytes_list.value
+        self.clip_id, self.video_id, self.scene_id, self.source = (
+            feature[key].bytes_list.value[0].decode() for key in ("clip_id", "video_id", "scene_id", "source")
+        )
+        self.subject_ids = tuple(subject.decode() for subject in feature["subject_ids"].bytes_list.value)
+        self.label, self.frames = (int(feature[key].int64_list.value[0]) for key in ("label", "frames"))
+        self.fps = float(feature["fps"].float_list.value[0])
+
+    def layers(self, frames: Sequence[int]) -> tuple[UInt8[np.ndarray, "t h w 4"], UInt8[np.ndarray, "t h w 3"]]:
+        """The public and the private layer of the frames with these indices, contract checked."""
+        rgba = np.stack([_decode(self._public[i], cv2.COLOR_BGRA2RGBA) for i in frames])
+        private = np.stack([_decode(self._private[i], cv2.COLOR_BGR2RGB) for i in frames])
+        check_layers(rgba, private, self.clip_id)
+        return rgba, private
+
+    def clip(self) -> TwoLayerClip:
+        """The whole clip."""
+        rgba, private = self.layers(range(self.frames))
+        names = ("label", "clip_id", "video_id", "scene_id", "subject_ids", "source", "fps")
+        return TwoLayerClip(rgba, private, **{name: getattr(self, name) for name in names})
+
+
+def _decode(encoded: bytes, code: int) -> np.ndarray:
+    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)
+    return cv2.cvtColor(image, code)
