@@ -1,0 +1,221 @@
+"""A library of random plausible poses, searched by silhouette: where the fit of a person's pose begins."""
+
+import dataclasses
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+import torch
+from scipy.spatial.transform import Rotation
+
+from anonymize.camera import Camera
+
+BODY_JOINTS = 22
+"""The pelvis and the 21 body joints: the SMPL-X joints that poses here speak of."""
+
+KEYPOINTS = (12, 16, 17, 18, 19, 20, 21, 1, 2, 4, 5, 7, 8)
+"""SMPL-X joints of a person's keypoints (`person_net.JOINTS`) after the first, the nose, which is no joint."""
+
+_SEED = 7
+_SIDE, _MARGIN = 32, 1.0  # of the canvas on which silhouettes are compared, pixels
+_IN_VIEW = (1.0, 0.72, 0.55, 0.42, 0.3)  # share of the height in view, where the picture's lower edge cuts the person
+_CANDIDATES = 24  # poses kept a frame
+_EDGE = 2  # pixels; a mask this near to the picture's edge is taken to be cut by it
+
+SurfaceFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""Angles (N, 66), pelvis first → surface points (N, P, 3), joints (N, 22, 3), nose (N, 3), without translation."""
+
+
+def random_poses(count: int, seed: int = _SEED) -> np.ndarray:
+    """Plausible body poses seen from all round: (count, 66) axis-angle, pelvis first, facing any way.
+
+    Drawn from broad ranges of joint angles (standing, striding, kicking, squatting, sitting, bending, lying; each arm
+    hanging or anywhere within reach), not from any recorded motion.
+    """
+    rng = np.random.default_rng(seed)
+    angles = np.zeros((count, BODY_JOINTS, 3))
+    kind = rng.choice(5, count, p=(0.5, 0.12, 0.14, 0.12, 0.12))  # upright, kick, squat or sit, bend, lie or fall
+    side = rng.random(count) < 0.5
+
+    def uniform(low, high, where=None):
+        value = rng.uniform(low, high, count)
+        return value if where is None else np.where(where, value, 0.0)
+
+    def about(axis, angle):
+        return Rotation.from_rotvec(np.eye(3)["xyz".index(axis)] * np.asarray(angle)[:, None])
+
+    stride = uniform(-0.6, 0.6)
+    for leg, sign in ((0, 1), (1, -1)):
+        hip, knee = 1 + leg, 4 + leg
+        lifted = (kind == 1) & (side == bool(leg))
+        flexed = sign * stride * (kind != 2) + uniform(-0.1, 0.15)
+        flexed += uniform(0.4, 1.7, lifted) + np.where(kind == 2, 0.6 + rng.random(count) * 1.2, 0.0)
+        bend = np.abs(rng.normal(0, 0.3, count)) + uniform(0.0, 1.6, lifted) + uniform(0.5, 2.0, kind == 2)
+        bend += uniform(0.0, 1.2, (kind == 4) & (rng.random(count) < 0.5))
+        angles[:, hip, 0] = -flexed
+        angles[:, hip, 2] = sign * (np.abs(rng.normal(0.04, 0.12, count)) + uniform(0.0, 0.6, lifted))
+        angles[:, knee, 0] = bend
+    bent = uniform(-0.05, 0.15) + uniform(0.3, 1.5, kind == 3) + uniform(0.0, 0.7, kind == 2)
+    twist, lean = rng.normal(0, 0.12, count), rng.normal(0, 0.06, count)
+    for joint in (3, 6, 9):
+        angles[:, joint] = np.stack([bent / 3, twist / 3, lean / 3], 1)
+    bow = uniform(0.0, 0.8, kind == 3)
+    angles[:, 1:3, 0] -= bow[:, None]  # the pelvis tips forward and the legs stay
+    angles[:, 15] = rng.normal(0, 0.12, (count, 3))
+
+    for arm, sign in ((0, 1), (1, -1)):
+        shoulder, elbow = 16 + arm, 18 + arm
+        hanging = rng.random(count) < 0.45
+        down = np.where(hanging, rng.uniform(1.1, 1.45, count), rng.uniform(-1.45, 1.4, count))
+        forward = np.where(hanging, rng.normal(0, 0.3, count), rng.uniform(-0.3, 1.5, count))
+        swing = about("y", -sign * forward * np.where(hanging, 0, 1))
+        drop = about("z", -sign * down)
+        pitch = about("x", -forward * hanging)
+        roll = about("x", rng.uniform(-1.2, 0.6, count))
+        angles[:, shoulder] = (pitch * swing * drop * roll).as_rotvec()
+        flex = np.where(rng.random(count) < 0.5, rng.uniform(0, 0.5, count), rng.uniform(0.3, 2.4, count))
+        angles[:, elbow, 1] = -sign * flex
+
+    facing = about("y", rng.uniform(-np.pi, np.pi, count))
+    tip = about("x", bow)
+    fall = np.where(kind == 4, rng.uniform(0.5, 1.7, count), np.abs(rng.normal(0, 0.07, count)))
+    way = rng.uniform(0, 2 * np.pi, count)
+    tilt = Rotation.from_rotvec(np.stack([np.cos(way), np.zeros(count), np.sin(way)], 1) * fall[:, None])
+    angles[:, 0] = (tilt * facing * tip).as_rotvec()
+    return angles.reshape(count, -1).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A person's pose in every frame, as found in the library.
+
+    Attributes:
+        angles: (T, 66) axis-angle, pelvis first.
+        transl: (T, 3) metres, world.
+        extent: (T,) the longer side of the person's box, pixels.
+    """
+
+    angles: torch.Tensor
+    transl: torch.Tensor
+    extent: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class _View:
+    """Silhouettes of the library's poses, orthographic, each scaled to fill the canvas.
+
+    Attributes:
+        shapes: (N, 32 * 32) float32, 0 or 1.
+        centre: (N, 2) of the silhouette's box; metres from the model's origin, x right, y down.
+        extent: (N,) metres, the box's longer side.
+        keypoints: (N, 14, 2) relative to the centre, in extents.
+    """
+
+    shapes: torch.Tensor
+    centre: torch.Tensor
+    extent: torch.Tensor
+    keypoints: torch.Tensor
+
+
+class PoseLibrary:
+    """`count` random poses of `body` and their silhouettes: whole, and cut off below as by a picture's lower edge."""
+
+    @torch.no_grad()
+    def __init__(self, body: SurfaceFunction, count: int):
+        self.angles = torch.from_numpy(random_poses(count))
+        parts = [body(angles) for angles in self.angles.split(500)]
+        points, self.joints, nose = (torch.cat(part) for part in zip(*parts))
+        flip = torch.tensor([1.0, -1.0])
+        keypoints = torch.cat([nose[:, None], self.joints[:, KEYPOINTS]], 1)[..., :2] * flip
+        self._views = [_view(points[..., :2] * flip, keypoints, share) for share in _IN_VIEW]
+
+    @torch.no_grad()
+    def search(self, masks: np.ndarray, joints: np.ndarray | None, camera: Camera) -> Found:
+        """The sequence of poses that overlaps `masks` (T, H, W) best and moves least (dynamic programming).
+
+        Args:
+            joints: (T, 14, 3) x, y in pixels and confidence, or None.
+        """
+        boxes = np.array([cv2.boundingRect(mask.view(np.uint8)) for mask in masks], np.float32)
+        centre = torch.from_numpy(boxes[:, :2] + boxes[:, 2:] / 2)
+        extent = torch.from_numpy(boxes[:, 2:].max(1))
+        shapes = torch.stack([_normalised_mask(mask, *box) for mask, box in zip(masks, zip(centre, extent))])
+        cut = boxes[:, 1] + boxes[:, 3] >= camera.height - _EDGE
+        views = self._views if cut.any() else self._views[:1]
+        costs = []
+        for index, view in enumerate(views):
+            inside = shapes @ view.shapes.T
+            cost = 1 - inside / (shapes.sum(1)[:, None] + view.shapes.sum(1) - inside)
+            if joints is not None:
+                cost += _keypoint_cost(torch.as_tensor(joints, dtype=torch.float32), centre, extent, view.keypoints)
+            if index:
+                cost[torch.from_numpy(~cut)] = torch.inf
+            costs.append(cost)
+        cost, candidate = torch.cat(costs, 1).topk(_CANDIDATES, largest=False)
+        count = len(self.angles)
+        pose = candidate % count
+        metres = torch.cat([view.extent for view in views])[candidate]
+        offset = torch.cat([view.centre for view in views])[candidate]
+
+        depth = camera.focal * metres / extent[:, None]
+        middle = (centre - torch.tensor([camera.width / 2, camera.height / 2]))[:, None] / camera.focal
+        in_camera = torch.cat([middle * depth[..., None] - offset, depth[..., None]], -1)
+        path = _best_path(cost, self.joints[pose], depth.log())[:, None]
+        chosen = in_camera.gather(1, path[..., None].expand(-1, -1, 3))[:, 0]
+        rotation, translation = (torch.as_tensor(x, dtype=torch.float32) for x in (camera.rotation, camera.translation))
+        return Found(self.angles[pose.gather(1, path)[:, 0]], (chosen - translation) @ rotation, extent)
+
+
+def _view(points: torch.Tensor, keypoints: torch.Tensor, share: float) -> _View:
+    """Silhouettes of points (N, P, 2), x right and y down, of which the upper `share` of the height is in view."""
+    top, height = points[..., 1].amin(1), points[..., 1].amax(1) - points[..., 1].amin(1)
+    shown = points[..., 1] <= (top + share * height)[:, None] + 1e-6
+    hidden = ~shown[..., None]
+    low = points.masked_fill(hidden, torch.inf).amin(1)
+    high = points.masked_fill(hidden, -torch.inf).amax(1)
+    centre, extent = (low + high) / 2, (high - low).amax(1)
+    scale = (_SIDE - 2 * _MARGIN) / extent
+    cell = ((points - centre[:, None]) * scale[:, None, None] + _SIDE / 2).floor().long().clamp(0, _SIDE - 1)
+    canvas = torch.zeros(len(points), _SIDE * _SIDE + 1)
+    canvas.scatter_(1, torch.where(shown, cell[..., 1] * _SIDE + cell[..., 0], _SIDE * _SIDE), 1.0)
+    shapes = canvas[:, :-1].reshape(-1, _SIDE, _SIDE).numpy()
+    closed = np.stack([cv2.morphologyEx(shape, cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8)) for shape in shapes])
+    keypoints = (keypoints - centre[:, None]) / extent[:, None, None]
+    return _View(torch.from_numpy(closed).flatten(1), centre, extent, keypoints)
+
+
+def _normalised_mask(mask: np.ndarray, centre: torch.Tensor, extent: torch.Tensor) -> torch.Tensor:
+    """A mask (H, W) moved and scaled to fill the canvas as the library's silhouettes do: (32 * 32,), 0 or 1."""
+    scale = float((_SIDE - 2 * _MARGIN) / extent)
+    shift = _SIDE / 2 - scale * centre.numpy()
+    smooth = cv2.blur(mask.astype(np.float32), (2 * int(0.5 / scale) + 1,) * 2)
+    matrix = np.array([[scale, 0, shift[0] - 0.5 + scale / 2], [0, scale, shift[1] - 0.5 + scale / 2]], np.float32)
+    small = cv2.warpAffine(smooth, matrix, (_SIDE, _SIDE))
+    return torch.from_numpy((small >= 0.5).astype(np.float32)).flatten()
+
+
+def _keypoint_cost(joints: torch.Tensor, centre: torch.Tensor, extent: torch.Tensor, library: torch.Tensor):
+    """Mean distance (T, N) between found and library keypoints, in extents, weighted by confidence."""
+    found = (joints[..., :2] - centre[:, None]) / extent[:, None, None]
+    weight = joints[..., 2].clamp(0, 1)
+    found = found.masked_fill(weight[..., None] == 0, 0.0)
+    total = torch.zeros(len(joints), len(library))
+    for k in range(found.shape[1]):
+        total += weight[:, k, None] * torch.cdist(found[:, k], library[:, k]).clamp_max(0.5)
+    return 2 * total / found.shape[1]
+
+
+def _best_path(cost: torch.Tensor, joints: torch.Tensor, log_depth: torch.Tensor) -> torch.Tensor:
+    """Viterbi: candidate of each frame (T,), given costs (T, K), joints (T, K, 22, 3) and log depths (T, K)."""
+    frames = len(cost)
+    total, came_from = cost[0], []
+    for t in range(1, frames):
+        moved = torch.cdist(joints[t - 1].flatten(1), joints[t].flatten(1)) / BODY_JOINTS**0.5
+        step = 0.4 * moved + 1.0 * (log_depth[t - 1][:, None] - log_depth[t]).abs().clamp_max(0.5)
+        best, origin = (total[:, None] + step).min(0)
+        total = best + cost[t]
+        came_from.append(origin)
+    path = [int(total.argmin())]
+    for origin in reversed(came_from):
+        path.append(int(origin[path[-1]]))
+    return torch.tensor(path[::-1])
