@@ -1,0 +1,329 @@
+"""Finding every person of a clip: the network, motion against a modelled background and HOG votes, joined.
+
+The finder fails closed. With a static camera everything that differs from the empty scene is removed, whether or not it
+looks like a person, and a place is shown only where the empty scene was seen; the network, HOG and a face detector
+then look at what would be shown. Where they disagree or see somebody, `People.doubt` says why, and the clip must be
+quarantined.
+"""
+
+import dataclasses
+from typing import Protocol
+
+import cv2
+import numpy as np
+
+from anonymize import cues, person_net
+from maskdp.config import positive
+
+
+@dataclasses.dataclass(frozen=True)
+class Person:
+    """One person over the T frames of a clip.
+
+    Attributes:
+        track_id: number of the track, from 0.
+        present: (T,) bool.
+        boxes: (T, 4) float32 xyxy in pixels, NaN where absent.
+        masks: (T, H, W) bool, the outline where it can be trusted for fitting a pose, empty elsewhere.
+        joints: (T, 14, 3) float32 x, y in pixels and confidence 0..1, in the order of `person_net.JOINTS`.
+    """
+
+    track_id: int
+    present: np.ndarray
+    boxes: np.ndarray
+    masks: np.ndarray
+    joints: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class People:
+    """The people of a clip and what must be removed with them.
+
+    Attributes:
+        removal: (T, H, W) bool, everything that must be removed, already dilated.
+        static_camera: whether places keep their pixels over time.
+        background: (H, W, 3) uint8, the empty scene, or None where the camera moves.
+        known: (H, W) bool, where the empty scene was seen, or None.
+        doubt: why the clip must be quarantined, in one line, or None.
+        notes: figures behind the decision, for the record.
+    """
+
+    persons: tuple[Person, ...]
+    removal: np.ndarray
+    static_camera: bool
+    background: np.ndarray | None
+    known: np.ndarray | None
+    doubt: str | None
+    notes: dict
+
+
+class PeopleFinder(Protocol):
+    """A backend that finds people."""
+
+    def find(self, frames: np.ndarray, fps: float) -> People:
+        """Finds the people of a clip, frames (T, H, W, 3) uint8 RGB."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class FinderConfig:
+    """Settings of `EmbeddedFinder`.
+
+    Attributes:
+        every: the network looks at one frame in so many.
+        heights: pixels; the heights at which it looks (the second mirrored).
+        threshold: person probability above which a pixel is removed.
+        sure: person probability above which a pixel counts as seen for a track.
+        margin: removal is grown by this part of the frame's short side.
+        max_people: more are not told apart with confidence.
+        max_removed: mean part of the picture that may be removed.
+        max_elsewhere: mean part of the picture that may move away from any person.
+        least_agreement: overlap (IoU) of what the network sees at its two heights.
+        votes: frames at which HOG and the face detector look for people who are not covered.
+    """
+
+    every: int = 3
+    heights: tuple[int, int] = (128, 192)
+    threshold: float = 0.25
+    sure: float = 0.5
+    margin: float = 0.015
+    max_people: int = 4
+    max_removed: float = 0.6
+    max_elsewhere: float = 0.03
+    least_agreement: float = 0.3
+    votes: int = 6
+
+    def __post_init__(self):
+        positive(self, "every", "threshold", "sure", "margin", "max_people", "max_removed")
+
+
+class EmbeddedFinder:
+    """Finds people with nothing but the embedded network and OpenCV, in clips of a static camera."""
+
+    def __init__(self, config: FinderConfig = FinderConfig()):
+        self.config = config
+
+    def find(self, frames: np.ndarray, fps: float) -> People:
+        """Finds the people of a clip; see `People` for what comes back.
+
+        A moving camera or a cut ends the search at once, with a doubt and everything marked for removal.
+        """
+        moving = cues.camera_motion(frames)
+        if moving:
+            return People((), np.ones(frames.shape[:3], bool), False, None, None, moving, {})
+        config = self.config
+        margin = config.margin * min(frames.shape[1:3])
+        votes = self._votes(frames, margin)
+        likely = votes.between(config.threshold)
+        busy = _grown(likely, margin)
+        background, known = cues.background_model(frames, busy)
+        light = cues.light_changes(frames, busy, background)
+        moved = cues.foreground(frames, background, known, light)
+        tracks = _tracks(votes, likely, moved, config, fps)
+        removal = _grown(likely | moved, margin, down=margin) | _whole(~known, margin)
+        for track in tracks:
+            _add_boxes(removal, track, margin)
+        background, known = cues.background_model(frames, removal)
+        removal |= _whole(~known, 0)
+        persons = tuple(_person(number, track, votes) for number, track in enumerate(tracks))
+        notes = {
+            "removed": round(float(removal.mean()), 4),
+            "known": round(float(known.mean()), 4),
+            "moved_elsewhere": round(float((moved & ~_grown(likely, 4 * margin)).mean()), 4),
+            "agreement": round(votes.agreement, 4),
+        }
+        return People(persons, removal, True, background, known, self._doubt(frames, tracks, removal, notes), notes)
+
+    def _votes(self, frames: np.ndarray, margin: float) -> "_Votes":
+        """Two rounds: a few frames against the temporal median, then more against the background those leave free."""
+        net = person_net.load()
+        first, second = self.config.heights
+        few = cues.sample_times(len(frames), 16)
+        median = np.median(frames[few], axis=0).astype(np.uint8)
+        rough = np.stack([person_net.evaluate(net, frames[t], median, frames[max(t - 2, 0)], first)[0] for t in few])
+        background, known = cues.background_model(frames[few], _grown(rough > self.config.threshold, margin))
+        background = np.where(known[..., None], background, median)
+        times = cues.sample_times(len(frames), -(-len(frames) // self.config.every))
+        probability, heat, overlap, union = [], [], 0, 0
+        for t in times:
+            previous = frames[max(t - 2, 0)]
+            near, joints = person_net.evaluate(net, frames[t], background, previous, first)
+            far, _ = person_net.evaluate(net, frames[t], background, previous, second, mirror=True)
+            probability.append(((near + far) / 2).astype(np.float16))
+            heat.append(joints)
+            overlap += ((near > 0.5) & (far > 0.5)).sum()
+            union += ((near > 0.5) | (far > 0.5)).sum()
+        return _Votes(len(frames), times, np.stack(probability), heat, float(overlap / max(union, 1)))
+
+    def _doubt(self, frames: np.ndarray, tracks: list["_Track"], removal: np.ndarray, notes: dict) -> str | None:
+        config = self.config
+        if not tracks:
+            return "no person found"
+        most = int(sum(track.present.astype(int) for track in tracks).max())
+        if most > config.max_people:
+            return f"{most} people at once, more than can be told apart"
+        if notes["removed"] > config.max_removed:
+            return f"{notes['removed']:.0%} of the picture would be removed"
+        if notes["moved_elsewhere"] > config.max_elsewhere:
+            return f"{notes['moved_elsewhere']:.1%} of the picture moves where no person was seen"
+        if notes["agreement"] < config.least_agreement:
+            return "the person network disagrees with itself between scales"
+        for t in cues.sample_times(len(frames), config.votes):
+            for box in (*cues.hog_people(frames[t]), *cues.faces(frames[t])):
+                x0, y0, x1, y1 = box.round().astype(int).clip(0)
+                if removal[t, y0:y1, x0:x1].mean() < 0.4:
+                    return f"a person or face seen in frame {t} is not covered"
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Votes:
+    """The network's person probability (n, H, W) float16 and joint heat maps at the n frames `times` of T."""
+
+    total: int
+    times: np.ndarray
+    probability: np.ndarray
+    heat: list[np.ndarray]
+    agreement: float
+
+    def neighbours(self, t: int) -> tuple[int, int, float]:
+        """The samples before and after frame t, and how far t is from the first to the second."""
+        after = int(np.searchsorted(self.times, t))
+        before = max(after - 1, 0) if self.times[after] != t else after
+        span = self.times[after] - self.times[before]
+        return before, after, float((t - self.times[before]) / span) if span else 0.0
+
+    def at(self, t: int) -> np.ndarray:
+        """The probability at any frame, (H, W) float32, linear between the samples."""
+        before, after, part = self.neighbours(t)
+        return (1 - part) * self.probability[before].astype(np.float32) + part * self.probability[after]
+
+    def between(self, threshold: float) -> np.ndarray:
+        """(T, H, W) bool: above the threshold in the sample before or after."""
+        above = self.probability > threshold
+        pairs = [self.neighbours(t)[:2] for t in range(self.total)]
+        return np.stack([above[before] | above[after] for before, after in pairs])
+
+
+class _Track:
+    """One person's boxes and outlines as they are gathered over time."""
+
+    def __init__(self, shape: tuple[int, int, int]):
+        self.present = np.zeros(shape[0], bool)
+        self.boxes = np.full((shape[0], 4), np.nan, np.float32)
+        self.masks = np.zeros(shape, bool)
+
+    def add(self, t: int, mask: np.ndarray, box: np.ndarray) -> None:
+        self.present[t], self.boxes[t], self.masks[t] = True, box, mask
+
+    def bridge(self) -> None:
+        """Fills the frames between the first and the last with boxes interpolated in time and no outline."""
+        seen = np.flatnonzero(self.present)
+        inside = np.arange(seen[0], seen[-1] + 1)
+        for side in range(4):
+            self.boxes[inside, side] = np.interp(inside, seen, self.boxes[seen, side])
+        self.present[inside] = True
+
+    def distrust_jumps(self) -> None:
+        """Empties outlines whose area is far from the track's usual around that time (a running median)."""
+        seen = np.flatnonzero(self.masks.any((1, 2)))
+        area = self.masks[seen].sum((1, 2)).astype(float)
+        for index, t in enumerate(seen):
+            usual = np.median(area[max(index - 10, 0) : index + 11])
+            if not 0.5 < area[index] / usual < 1.8:
+                self.masks[t] = False
+
+
+def _tracks(votes: _Votes, likely: np.ndarray, moved: np.ndarray, config: FinderConfig, fps: float) -> list[_Track]:
+    """Blobs of each frame joined over time by the overlap of their boxes; gaps up to a second are bridged."""
+    total, height, width = likely.shape
+    margin = config.margin * min(height, width)
+    gap, least = max(round(fps), 1), max(round(0.3 * fps), 2)
+    tracks: list[_Track] = []
+    last: list[int] = []
+    for t in range(total):
+        sure = votes.at(t) > config.sure
+        blobs = _blobs(sure | (moved[t] & cues.dilated(likely[t], margin)), sure, margin)
+        pairs = sorted(
+            ((_iou(box, track.boxes[last[k]]), k, b) for k, track in enumerate(tracks) if t - last[k] <= gap
+             for b, (_, box) in enumerate(blobs)),
+            reverse=True,
+        )  # fmt: skip
+        taken, used = set(), set()
+        for iou, k, b in pairs:
+            if iou > 0.1 and k not in used and b not in taken:
+                tracks[k].add(t, *blobs[b])
+                last[k] = t
+                used.add(k)
+                taken.add(b)
+        for b in set(range(len(blobs))) - taken:
+            tracks.append(_Track(likely.shape))
+            tracks[-1].add(t, *blobs[b])
+            last.append(t)
+    tracks = [track for track in tracks if track.present.sum() >= least]
+    for track in tracks:
+        track.bridge()
+        track.distrust_jumps()
+    return tracks
+
+
+def _blobs(mask: np.ndarray, sure: np.ndarray, margin: float) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Masks and boxes (xyxy) of the pieces of a mask that hold a good part of sure pixels; near pieces are one."""
+    count, labels = cv2.connectedComponents(cues.dilated(mask, margin).astype(np.uint8))
+    found = []
+    for label in range(1, count):
+        piece = (labels == label) & mask
+        area = piece.sum()
+        if area < 0.0015 * mask.size or (piece & sure).sum() < 0.15 * area:
+            continue
+        x, y, w, h = cv2.boundingRect(piece.astype(np.uint8))
+        found.append((piece, np.array([x, y, x + w, y + h], np.float32)))
+    return found
+
+
+def _iou(a: np.ndarray, b: np.ndarray) -> float:
+    size = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
+    if (size <= 0).any():
+        return 0.0
+    both = size.prod()
+    return float(both / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - both))
+
+
+def _grown(mask: np.ndarray, radius: float, down: float = 0) -> np.ndarray:
+    """A mask (T, H, W) grown by a radius, and `down` pixels further downwards, where shadows lie."""
+    disc, line = cues.disc(radius), np.ones((round(down) + 1, 1), np.uint8)
+    return np.stack([cv2.dilate(cv2.dilate(m.astype(np.uint8), disc), line, anchor=(0, round(down))) for m in mask]) > 0
+
+
+def _whole(unseen: np.ndarray, margin: float) -> np.ndarray:
+    """Places never seen free, (H, W) bool, closed, without holes, grown by the margin; specks are left as they are."""
+    closed = cv2.morphologyEx(unseen.astype(np.uint8), cv2.MORPH_CLOSE, cues.disc(3 * margin))
+    outlines, _ = cv2.findContours(closed, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    large = [outline for outline in outlines if cv2.contourArea(outline) > 0.002 * unseen.size]
+    filled = cv2.drawContours(np.zeros(unseen.shape, np.uint8), large, -1, 1, cv2.FILLED)
+    return cues.dilated(filled, margin) | unseen
+
+
+def _add_boxes(removal: np.ndarray, track: _Track, margin: float) -> None:
+    """Adds the whole grown box wherever a person is present without an outline that can be trusted."""
+    for t in np.flatnonzero(track.present & ~track.masks.any((1, 2))):
+        x0, y0 = np.floor(track.boxes[t, :2] - 2 * margin).astype(int).clip(0)
+        x1, y1 = np.ceil(track.boxes[t, 2:] + 2 * margin).astype(int)
+        removal[t, y0:y1, x0:x1] = True
+
+
+def _person(number: int, track: _Track, votes: _Votes) -> Person:
+    """The finished track with the joints that the heat maps show inside its boxes."""
+    height, width = track.masks.shape[1:]
+    joints = np.zeros((len(track.present), len(person_net.JOINTS), 3), np.float32)
+    for t in np.flatnonzero(track.present):
+        before, after, part = votes.neighbours(t)
+        heat = votes.heat[after if part > 0.5 else before]
+        scale = np.array([width / heat.shape[2], height / heat.shape[1]])
+        x0, y0 = np.floor(track.boxes[t, :2] / scale).astype(int).clip(0)
+        x1, y1 = np.ceil(track.boxes[t, 2:] / scale).astype(int)
+        inside = heat[:, y0:y1, x0:x1].reshape(len(heat), -1)
+        rows, columns = np.divmod(inside.argmax(1), min(x1, heat.shape[2]) - x0)
+        joints[t, :, :2] = (np.stack([columns + x0, rows + y0], 1) + 0.5) * scale
+        joints[t, :, 2] = inside.max(1).clip(0, 1)
+    return Person(number, track.present, track.boxes, track.masks, joints)

@@ -1,0 +1,68 @@
+"""Taking people out of a scene: what stood behind them, seen when the place was free, else painted from around it."""
+
+import dataclasses
+
+import cv2
+import numpy as np
+
+from anonymize import cues
+from anonymize.people import People
+
+MOST_REMOVED = 0.8  # of a frame; beyond it nothing of the scene is left to show
+BLANK = 127
+
+
+@dataclasses.dataclass(frozen=True)
+class Removal:
+    """The scene without its people.
+
+    Attributes:
+        frames: (T, H, W, 3) uint8.
+        blanked: (T,) bool, frames that are one flat grey because the removal failed there.
+        doubt: why the clip should be quarantined, in one line, or None.
+    """
+
+    frames: np.ndarray
+    blanked: np.ndarray
+    doubt: str | None
+
+
+def remove(frames: np.ndarray, people: People, most_blanked: float = 0.2) -> Removal:
+    """Removes everything that `people.removal` covers.
+
+    With a static camera a removed pixel becomes the temporal median of the frames in which it was free, adjusted to
+    the frame's light. Where it never was free long enough, and wherever the camera moves, it is inpainted from the free
+    pixels around it (Telea 2004). A frame that is removed almost whole is blanked.
+
+    Guarantees: the result is a function of the pixels outside `people.removal` and of the mask itself. Whatever the
+    removed pixels held, the output's bytes are the same (`people.background` is not read).
+
+    Args:
+        frames: (T, H, W, 3) uint8.
+        most_blanked: the part of the clip that may be blanked without a doubt.
+    """
+    busy = people.removal
+    blanked = busy.mean((1, 2)) > MOST_REMOVED
+    out = np.where(busy[..., None], 0, frames).astype(np.uint8)
+    if people.static_camera and not blanked.all():
+        scene, known = cues.background_model(out[~blanked], busy[~blanked])
+        scene = inpainted(scene, ~known)
+        light = cues.light_changes(out, busy, scene)
+        for t in np.flatnonzero(~blanked):
+            filling = (scene + light[t]).round().clip(0, 255).astype(np.uint8)
+            out[t][busy[t]] = filling[busy[t]]
+    else:
+        for t in np.flatnonzero(~blanked):
+            out[t] = inpainted(out[t], busy[t])
+    out[blanked] = BLANK
+    share = blanked.mean()
+    doubt = f"{share:.0%} of the frames had to be blanked" if share > most_blanked else None
+    return Removal(out, blanked, doubt)
+
+
+def inpainted(image: np.ndarray, hole: np.ndarray, radius: float = 5.0) -> np.ndarray:
+    """(H, W, 3) uint8 with the hole (H, W) bool painted from its surroundings; grey where there are none."""
+    if hole.all():
+        return np.full_like(image, BLANK)
+    clean = np.where(hole[..., None], 0, image).astype(np.uint8)
+    return cv2.inpaint(clean, hole.astype(np.uint8), radius, cv2.INPAINT_TELEA) if hole.any() else clean
