@@ -11,7 +11,7 @@ import shlex
 import time
 from collections.abc import Sequence
 
-from maskdp import __version__, atomic, config, process
+from maskdp import atomic, config, process
 from maskdp.errors import UserError
 
 OBJECTIVES = ("sgd", "public_only", "dp_sgd", "maskdp", "maskdp_residual", "maskdp_two_step")
@@ -70,23 +70,28 @@ def stages(out: pathlib.Path, videos: int) -> list[Stage]:
 class State:
     """Which stages of a demo folder are finished, by the words of their commands."""
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path, videos: int):
         self._path = path
-        self._done: list[str] = []
-        if path.exists():
-            try:
-                self._done = json.loads(path.read_text())["done"]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path}: not a demo's state file; name another --out") from None
+        self._stored = {"videos": videos, "done": []}
+        if not path.exists():
+            return
+        try:
+            stored = json.loads(path.read_text())
+            same = stored["videos"] == videos
+            self._stored["done"] = list(stored["done"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}: not a demo's state file; name another --out") from None
+        if not same:
+            raise UserError(f"{path.parent}: holds a demo of {stored['videos']} videos; name another --out")
 
     def done(self, stage: Stage) -> bool:
         """Whether this very command has finished here."""
-        return shlex.join(stage.words) in self._done
+        return shlex.join(stage.words) in self._stored["done"]
 
     def finish(self, stage: Stage) -> None:
         """Records it."""
-        self._done.append(shlex.join(stage.words))
-        atomic.write_json(self._path, {"maskdp": __version__, "done": self._done})
+        self._stored["done"].append(shlex.join(stage.words))
+        atomic.write_json(self._path, self._stored)
 
 
 def run(todo: Sequence[Stage], state: State) -> int:
@@ -127,7 +132,7 @@ def main(arguments: list[str]) -> int:
     if options.videos < 20:
         raise UserError(f"--videos: {options.videos}, expected at least 20")
     out = pathlib.Path(options.out)
-    status = run(stages(out, options.videos), State(out / STATE))
+    status = run(stages(out, options.videos), State(out / STATE, options.videos))
     if not status:
         print(
             f"{out / 'report.html'}: the clips in two layers, what each objective learns from them and at which ε, "

@@ -11,6 +11,14 @@ from maskdp.report.runs import Run, Spread, by_settings, spread
 VIEWS = COMPOSITE, PUBLIC_VIEW = "composite", "public_view"
 MASKED = ("maskdp", "maskdp_residual", "maskdp_two_step")
 ORDER = ("maskdp", "maskdp_residual", "maskdp_two_step", "dp_sgd", "public_only", "sgd")
+IN_WORDS = {
+    "maskdp": "two paths, noise only where the scene enters",
+    "maskdp_residual": "what the scene adds, through DP",
+    "maskdp_two_step": "DP step on the clip, plain step on the avatars",
+    "dp_sgd": "the whole clip through DP",
+    "public_only": "avatars alone, the scene never read",
+    "sgd": "no protection",
+}
 NONE = "–"
 COLOURS = 8
 PLOTTED = (("accuracy_composite", "accuracy on the composite"), ("accuracy_public_view", "accuracy on the public view"))
@@ -90,7 +98,7 @@ def number(value: float | None, digits: int = 3) -> str:
     return text.replace("e-0", "e-").replace("e+0", "e")
 
 
-def tile_epsilon(row: Row) -> str:
+def epsilon_words(row: Row) -> str:
     """`ε = 0.5`, or that there is none."""
     return "no ε" if row.epsilon is None else f"ε = {number(row.epsilon)}"
 
@@ -138,7 +146,7 @@ def result_sentence(table: Sequence[Row]) -> str:
         (words, found.composite.mean)
         for objective, words in (
             ("dp_sgd", "with the whole clip through DP-SGD at the same ε"),
-            ("public_only", "from the avatars alone"),
+            ("public_only", "when only the avatars are learned from"),
             ("sgd", "with no protection at all"),
         )
         if objective != row.objective and (found := other(objective))
@@ -162,7 +170,7 @@ def table_rows(table: Sequence[Row]) -> list[dict[str, Any]]:
             "composite": row.composite,
             "public_view": row.public_view,
             "epsilon": "no ε" if row.epsilon is None else number(row.epsilon),
-            "epsilon_words": tile_epsilon(row),
+            "words": " · ".join(filter(None, (epsilon_words(row), IN_WORDS.get(row.objective)))),
             "delta": NONE if row.epsilon is None else number(row.delta),
             "sigma": _word(row.card.get("noise_multiplier")),
             "adjacency": _word(row.card.get("adjacency")),
@@ -247,7 +255,7 @@ def tiles(table: Sequence[Row], summary: Mapping[str, Any] | None) -> list[dict[
     if shown.composite:
         made.append((percent(shown.composite.mean), f"accuracy on the composite, {shown.name}"))
     if row and row.public_view:
-        made.append((percent(row.public_view.mean), "of it without a single private pixel (public view)"))
+        made.append((percent(row.public_view.mean), "of it when the scene is blanked (public view)"))
     if summary:
         made += [(str(item["value"]), item["text"]) for item in summary["tally"][:3]]
     return [{"value": value, "text": text} for value, text in made]
