@@ -1,0 +1,439 @@
+"""`maskdp anonymize PATH… --out DIR`: videos become a two-layer dataset.
+
+DIR holds `shards/` (the dataset), `manifest.jsonl` (what became of every clip), `sheets/` (contact sheets, to be looked
+at), and what must not leave the lab: `work/` (finished clips, from which a broken-off run goes on), `local_paths.csv`
+(which file has which key) and `wardrobe.secret`.
+"""
+
+import concurrent.futures
+import contextlib
+import csv
+import dataclasses
+import fcntl
+import hashlib
+import hmac
+import io
+import json
+import logging
+import multiprocessing
+import os
+import pathlib
+import secrets
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+
+from anonymize import sheets, video
+from anonymize.config import AnonymizeConfig
+from maskdp import atomic, config, layers, progress
+from maskdp.errors import UserError
+
+USAGE = "usage: maskdp anonymize PATH... --out DIR [--config_path FILE] [--key value ...]"
+EXTENSIONS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv", ".gif"}
+MANIFESTS = {".csv", ".jsonl"}
+SECRET_BYTES = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A video to be anonymized.
+
+    Attributes:
+        path: the file.
+        name: what it is called in the input; unique in a run. Its key is made from it and the secret.
+        label: its action; None where unknown.
+        subjects: the people in it, where known.
+        scene: the place, where known.
+        split: the split of the dataset it belongs to.
+    """
+
+    path: pathlib.Path
+    name: str
+    label: str | None
+    subjects: tuple[str, ...]
+    scene: str | None
+    split: str
+
+
+# --------------------------------------------------------------------------------------------------------- the inputs
+
+
+def gather(paths: Sequence[str], settings) -> tuple[list[Source], list[str]]:
+    """The videos of files, folders and manifests, and one line for each path that led to none.
+
+    Args:
+        settings: the run's `DatasetConfig`.
+
+    Raises:
+        UserError: a manifest cannot be read or lacks what it needs.
+    """
+    sources, problems = [], []
+    for path in map(pathlib.Path, paths):
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
+            sources += [_from_file(file, str(file.relative_to(path.parent)), settings) for file in files]
+            if not files:
+                problems.append(f"{path}: no video in this folder")
+        elif not path.exists():
+            problems.append(f"{path}: no such file or folder")
+        elif path.suffix.lower() in MANIFESTS:
+            sources += _from_manifest(path, settings)
+        else:
+            sources.append(_from_file(path, path.name, settings))
+    seen = Counter()
+    for index, source in enumerate(sources):
+        seen[source.name] += 1
+        if seen[source.name] > 1:
+            sources[index] = dataclasses.replace(source, name=f"{source.name}#{seen[source.name]}")
+    return sources, problems
+
+
+def _from_file(file: pathlib.Path, name: str, settings) -> Source:
+    label = file.resolve().parent.name if settings.label_from == "folder" else None
+    return Source(file, name, label, (), None, settings.split)
+
+
+def _from_manifest(path: pathlib.Path, settings) -> list[Source]:
+    """Rows of a csv (with a header) or jsonl: path, and where known label, subject_ids, scene_id, split."""
+    try:
+        text = path.read_text()
+        if path.suffix.lower() == ".csv":
+            rows = list(csv.DictReader(io.StringIO(text)))
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path}: not a readable manifest ({error})") from None
+    sources = []
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not row.get("path"):
+            raise UserError(f"{path}: entry {number} has no path, expected path[,label,subject_ids,scene_id,split]")
+        file = path.parent / row["path"]
+        subjects = row.get("subject_ids") or ()
+        if isinstance(subjects, str):
+            subjects = [subject.strip() for subject in subjects.split(";")]
+        known = _from_file(file, str(row["path"]), settings)
+        label = row.get("label")
+        sources.append(
+            dataclasses.replace(
+                known,
+                label=known.label if label in (None, "") else str(label),
+                subjects=tuple(str(subject) for subject in subjects if subject != ""),
+                scene=str(row["scene_id"]) if row.get("scene_id") not in (None, "") else None,
+                split=str(row.get("split") or settings.split),
+            )
+        )
+    return sources
+
+
+# ---------------------------------------------------------------------------------------------------------- one video
+
+
+class _Worker:
+    """Anonymizes one video after another; the models are loaded once, at the first that needs them."""
+
+    def __init__(self, settings: AnonymizeConfig, secret: bytes):
+        import torch
+
+        torch.set_num_threads(1)
+        cv2.setNumThreads(1)
+        self._settings, self._secret = settings, secret
+        self._work, self._sheets = (pathlib.Path(settings.out) / name for name in ("work", "sheets"))
+        self._fingerprint = settings.pipeline_fingerprint
+        self._anonymizer = None
+
+    def __call__(self, source: Source) -> list[dict[str, Any]]:
+        """Records of the clips of one video; where it fails, one record that says so. Finished work is taken up."""
+        key = video_key(self._secret, source.name)
+        done = self._work / f"{key}.json"
+        try:
+            state = {"source": video.sha256(source.path), "settings": self._fingerprint}
+            if done.exists():
+                finished = json.loads(done.read_text())
+                if finished["state"] == state:
+                    return finished["clips"]
+            done.unlink(missing_ok=True)
+            records = [
+                self._clip(part, f"{key}-{number:03d}", key, state["source"], source)
+                for number, part in enumerate(self._parts(source.path))
+            ]
+        except UserError as error:
+            return [_failed(key, str(error).removeprefix(f"{source.path}: "))]
+        except Exception as error:  # one bad file must not end a batch of thousands; it is reported, never written
+            logging.getLogger(__name__).exception("%s: internal error", source.path)
+            return [_failed(key, f"internal error, {type(error).__name__}")]
+        atomic.write_json(done, {"state": state, "clips": records})
+        return records
+
+    def _parts(self, path: pathlib.Path) -> Iterator[video.Video]:
+        settings = self._settings.video
+        return video.clips(path, short_side=settings.short_side, max_frames=settings.max_frames)
+
+    def _clip(self, part: video.Video, clip: str, key: str, digest: str, source: Source) -> dict[str, Any]:
+        if self._anonymizer is None:
+            from anonymize.pipeline import Anonymizer
+
+            self._anonymizer = Anonymizer(self._settings, self._secret)
+        start = time.monotonic()
+        result = self._anonymizer.clip(part.frames, part.fps, key, source.subjects)
+        if result.status == "written":
+            write_work(self._work / f"{clip}.npz", result.rgba, result.private)
+            if self._settings.sheets != "none":
+                original = part.frames if self._settings.sheets == "full" else None
+                sheets.write(self._sheets / f"{clip}.jpg", sheets.sheet(result.rgba, result.private, original))
+        return {
+            "clip_id": clip,
+            "video_id": key,
+            "source": digest,
+            "status": result.status,
+            "reason": result.reason,
+            "fps": part.fps,
+            "people": result.people,
+            "frames": result.frames,
+            "frames_without_pose": result.frames_without_pose,
+            "frames_blanked": result.frames_blanked,
+            "iou": result.iou,
+            "seconds": round(time.monotonic() - start, 3),
+            "notes": result.notes,
+        }
+
+
+def video_key(secret: bytes, name: str) -> str:
+    """A video's key: nothing of its content, and its name only to who has the secret."""
+    return hmac.digest(secret, f"video/{name}".encode(), hashlib.sha256).hex()[:16]
+
+
+def _failed(key: str, reason: str) -> dict[str, Any]:
+    return {"clip_id": None, "video_id": key, "source": None, "status": "failed", "reason": reason}
+
+
+def write_work(path: pathlib.Path, rgba: np.ndarray, private: np.ndarray) -> None:
+    """Keeps a finished clip: both layers lossless, one PNG a frame, in one step."""
+    arrays = {}
+    for name, frames, code in (("rgba", rgba, cv2.COLOR_RGBA2BGRA), ("private", private, cv2.COLOR_RGB2BGR)):
+        encoded = [cv2.imencode(".png", cv2.cvtColor(f, code), (cv2.IMWRITE_PNG_COMPRESSION, 1))[1] for f in frames]
+        arrays[name] = np.concatenate(encoded)
+        arrays[f"{name}_ends"] = np.cumsum([len(code) for code in encoded])
+    with atomic.writing(path) as aside:
+        np.savez(aside, **arrays)
+
+
+def read_work(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    """The two layers that `write_work` kept."""
+    layer = []
+    with np.load(path, allow_pickle=False) as file:
+        for name, code in (("rgba", cv2.COLOR_BGRA2RGBA), ("private", cv2.COLOR_BGR2RGB)):
+            pictures = np.split(file[name], file[f"{name}_ends"][:-1])
+            layer.append(np.stack([cv2.cvtColor(cv2.imdecode(p, cv2.IMREAD_UNCHANGED), code) for p in pictures]))
+    return layer[0], layer[1]
+
+
+# --------------------------------------------------------------------------------------------------------- the batch
+
+_worker: _Worker | None = None
+
+
+def _start_worker(settings: AnonymizeConfig, secret: bytes) -> None:
+    global _worker
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker = _Worker(settings, secret)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _work(source: Source) -> list[dict[str, Any]]:
+    return _worker(source)
+
+
+def _results(sources: Sequence[Source], settings: AnonymizeConfig, secret: bytes):
+    """Yields (source, records) as videos are finished."""
+    workers = min(settings.workers, len(sources))
+    if workers <= 1:
+        work = _Worker(settings, secret)
+        yield from ((source, work(source)) for source in sources)
+        return
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _start_worker, (settings, secret)
+    ) as pool:
+        jobs = {pool.submit(_work, source): source for source in sources}
+        try:
+            for job in concurrent.futures.as_completed(jobs):
+                yield jobs[job], job.result()
+        except concurrent.futures.process.BrokenProcessPool:
+            raise UserError("a worker process died, perhaps of too little memory; run again to go on") from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def wardrobe_secret(file: pathlib.Path, create: bool) -> bytes:
+    """The secret in `file`; where it may be created and is missing, 32 new bytes from the operating system, mode 0600.
+
+    Raises:
+        UserError: missing, or not of 32 bytes.
+    """
+    if create and not file.exists():
+        descriptor, aside = tempfile.mkstemp(dir=file.parent)  # mode 0600
+        with open(descriptor, "wb") as opened:
+            opened.write(secrets.token_bytes(SECRET_BYTES))
+            opened.flush()
+            os.fsync(descriptor)
+        os.rename(aside, file)
+    try:
+        secret = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: the wardrobe secret cannot be read ({error.strerror})") from None
+    if len(secret) != SECRET_BYTES:
+        raise UserError(f"{file}: a wardrobe secret of {len(secret)} bytes, expected {SECRET_BYTES}")
+    return secret
+
+
+@contextlib.contextmanager
+def _alone(out: pathlib.Path) -> Iterator[None]:
+    """Holds the folder against a second run at the same time."""
+    with open(out / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{out}: another maskdp anonymize is writing here") from None
+        yield
+
+
+def anonymize(paths: Sequence[str], settings: AnonymizeConfig) -> int:
+    """Anonymizes the videos of `paths` into `settings.out` and returns the exit status: 1 where one could not be read.
+
+    Raises:
+        UserError: there is nothing to do, or a manifest, the secret or the output folder is at fault.
+    """
+    sources, problems = gather(paths, settings.dataset)
+    if not sources:
+        raise UserError("; ".join(problems) if problems else f"nothing to do\n{USAGE}")
+    for problem in problems:
+        print(f"maskdp anonymize: {problem}", file=sys.stderr)
+    out = pathlib.Path(settings.out)
+    try:
+        for folder in (out, out / "work"):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+    with _alone(out):
+        own = out / "wardrobe.secret"
+        secret = wardrobe_secret(pathlib.Path(settings.wardrobe_secret or own), create=not settings.wardrobe_secret)
+        atomic.write_text(out / "config.yaml", config.dump(settings))
+        records = _run(sources, settings, secret)
+        _write_records(out, sources, records, secret)
+        written = _write_shards(out, sources, records, settings)
+        counts = Counter(record["status"] for found in records.values() for record in found)
+        _say(out, records, counts, written)
+    return 1 if problems or counts["failed"] else 0
+
+
+def _run(sources, settings: AnonymizeConfig, secret: bytes) -> dict[str, list[dict[str, Any]]]:
+    """Records by name of source. Says at once, in a line each, what failed or was quarantined."""
+    records: dict[str, list[dict[str, Any]]] = {}
+    start, frames = time.monotonic(), 0
+    with progress.bar("anonymize", len(sources), "clips") as advance:
+        for source, found in _results(sources, settings, secret):
+            records[source.name] = found
+            for record in found:
+                frames += record.get("frames", 0)
+                if record["status"] != "written":
+                    print(f"{source.path}: {record['status']}, {record['reason']}", file=sys.stderr)
+            advance(1, f"{frames / (time.monotonic() - start):.0f} frames/s")
+    return records
+
+
+def _write_records(out: pathlib.Path, sources, records, secret: bytes) -> None:
+    lines = [
+        json.dumps({**record, "label": source.label, "split": source.split})
+        for source in sources
+        for record in records[source.name]
+    ]
+    atomic.write_text(out / "manifest.jsonl", "".join(f"{line}\n" for line in lines))
+    table = io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow(("video_id", "path"))
+    writer.writerows((video_key(secret, source.name), source.path.resolve()) for source in sources)
+    atomic.write_text(out / "local_paths.csv", table.getvalue())
+    os.chmod(out / "local_paths.csv", 0o600)
+
+
+def _write_shards(out: pathlib.Path, sources, records, settings: AnonymizeConfig) -> bool:
+    """Builds the dataset from the finished work, one clip in memory at a time; False where no clip was written."""
+    labels = sorted({source.label for source in sources if source.label is not None}) or ["unknown"]
+
+    def clips(chosen: list[tuple[Source, dict[str, Any]]]) -> Iterator[layers.TwoLayerClip]:
+        for source, record in chosen:
+            rgba, private = read_work(out / "work" / f"{record['clip_id']}.npz")
+            yield layers.TwoLayerClip(
+                rgba=rgba,
+                private=private,
+                label=-1 if source.label is None else labels.index(source.label),
+                clip_id=record["clip_id"],
+                video_id=record["video_id"],
+                scene_id=source.scene or record["video_id"],
+                subject_ids=source.subjects,
+                source=record["source"],
+                fps=record["fps"],
+            )
+
+    splits: dict[str, list[tuple[Source, dict[str, Any]]]] = {}
+    for source in sources:
+        for record in records[source.name]:
+            if record["status"] == "written":
+                splits.setdefault(source.split, []).append((source, record))
+    if not splits:
+        return False
+    counts = Counter(record["status"] for found in records.values() for record in found)
+    layers.write_dataset(
+        out,
+        {split: clips(chosen) for split, chosen in splits.items()},
+        labels,
+        context=settings.refine.context,
+        private_format=settings.dataset.private_format,
+        notes={"settings": settings.pipeline_fingerprint, "clips": dict(counts)},
+    )
+    return True
+
+
+def _say(out: pathlib.Path, records, counts: Counter, written: bool) -> None:
+    print(f"{counts['written']} clips written, {counts['quarantined']} quarantined, {counts['failed']} files failed")
+    reasons = Counter(r["reason"] for found in records.values() for r in found if r["status"] == "quarantined")
+    for reason, count in reasons.most_common():
+        print(f"  quarantined {count}: {reason}")
+    print(f"{out / layers.SHARDS}: the dataset" if written else f"{out}: no clip was written, so there is no dataset")
+    if written and (out / "sheets").is_dir():
+        print(f"{out / 'sheets'}: contact sheets; look at them before anything is released")
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Paths, and options with their values (`--a.b value` or `--a.b=value`), in any order."""
+    paths, options = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("-"):
+            paths.append(argument)
+            continue
+        options.append(argument)
+        if "=" not in argument and argument not in ("-h", "--help"):
+            options += [value for value in [next(rest, None)] if value is not None]
+    return paths, options
+
+
+def main(arguments: list[str]) -> int:
+    """`maskdp anonymize`; see `anonymize`."""
+    paths, options = split_arguments(arguments)
+    if not arguments:
+        raise UserError(f"nothing to do\n{USAGE}")
+    settings = config.parse(AnonymizeConfig, options, "anonymize PATH...")
+    if not paths:
+        raise UserError("no PATH, expected videos, folders or manifests")
+    return anonymize(paths, settings)

@@ -1,0 +1,127 @@
+"""Settings of `maskdp anonymize`."""
+
+import dataclasses
+from dataclasses import field
+
+from anonymize.fit import FitConfig
+from anonymize.people import FinderConfig
+from anonymize.refine import RefineConfig
+from maskdp.config import fingerprint, one_of, positive
+from maskdp.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoConfig:
+    """How videos are read.
+
+    Attributes:
+        short_side: frames are scaled down until their shorter side is at most so many pixels.
+        max_frames: a longer video becomes several clips; also what bounds the memory.
+    """
+
+    short_side: int = 256
+    max_frames: int = 300
+
+    def __post_init__(self):
+        positive(self, "max_frames")
+        if self.short_side < 32:
+            raise UserError(f"video.short_side: {self.short_side}, expected 32 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class AvatarConfig:
+    """Who the avatars are and how they are drawn.
+
+    Attributes:
+        model_path: an official `SMPLX_*.npz`; empty for the embedded body.
+        identity: `track` draws a new identity for every person of every video; `subject` one for a named subject
+            wherever they are the only person, so that avatars can be told apart as the people could.
+        samples: samples a pixel along each side.
+    """
+
+    model_path: str = ""
+    identity: str = "track"
+    samples: int = 2
+
+    def __post_init__(self):
+        one_of(self, "identity", ("track", "subject"))
+        positive(self, "samples")
+
+
+@dataclasses.dataclass(frozen=True)
+class LimitsConfig:
+    """When a clip is quarantined rather than written.
+
+    Attributes:
+        max_without_pose: more than this part of the frames shows a person who could not be re-posed.
+        max_blanked: more than this part of the frames had to be blanked.
+    """
+
+    max_without_pose: float = 0.5
+    max_blanked: float = 0.2
+
+    def __post_init__(self):
+        for name in ("max_without_pose", "max_blanked"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"limits.{name}: {getattr(self, name)!r}, expected a number from 0 to 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """What is written about a clip besides its layers.
+
+    Attributes:
+        private_format: `jpeg` or `png`, for the private layer; the public one is always PNG.
+        label_from: `none`, or `folder`: a video without a label in a manifest is labelled by the folder it lies in.
+        split: split of a video without one in a manifest.
+    """
+
+    private_format: str = "jpeg"
+    label_from: str = "none"
+    split: str = "train"
+
+    def __post_init__(self):
+        one_of(self, "private_format", ("jpeg", "png"))
+        one_of(self, "label_from", ("none", "folder"))
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+    """Everything that one clip's two layers depend on, besides the clip and the wardrobe's secret."""
+
+    video: VideoConfig = field(default_factory=VideoConfig)
+    finder: FinderConfig = field(default_factory=FinderConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+    avatar: AvatarConfig = field(default_factory=AvatarConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnonymizeConfig(PipelineConfig):
+    """videos -> two-layer TFDS shards, people replaced by avatars.
+
+    Attributes:
+        out: folder to write; the same command continues what is there.
+        workers: processes.
+        wardrobe_secret: file of the 32 bytes that avatars are drawn from; made as OUT/wardrobe.secret where empty.
+        sheets: contact sheets of the `layers`, `full` ones that show the original too, or `none`.
+    """
+
+    out: str = ""
+    workers: int = 1
+    wardrobe_secret: str = ""
+    sheets: str = "layers"
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+
+    def __post_init__(self):
+        if not self.out:
+            raise UserError("--out: missing, expected a folder to write")
+        one_of(self, "sheets", ("layers", "full", "none"))
+        positive(self, "workers")
+
+    @property
+    def pipeline_fingerprint(self) -> str:
+        """SHA-256 of the settings that a clip's layers depend on: finished work under others is not taken up."""
+        names = [item.name for item in dataclasses.fields(PipelineConfig)]
+        return fingerprint(PipelineConfig(**{name: getattr(self, name) for name in names}))

@@ -1,0 +1,144 @@
+"""One clip through the whole of stage 1: people found, removed, re-posed and rendered as avatars; or quarantined."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from anonymize.body import Body
+from anonymize.camera import Camera
+from anonymize.config import AvatarConfig, PipelineConfig
+from anonymize.fit import Fit, SilhouetteFitter
+from anonymize.people import EmbeddedFinder, PeopleFinder
+from anonymize.refine import ControlNetRefiner
+from anonymize.removal import remove
+from anonymize.render import render
+from anonymize.wardrobe import Avatar, Wardrobe
+
+_CHUNK = 32  # frames posed at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipResult:
+    """What became of a clip.
+
+    Attributes:
+        rgba, private: the two layers, (T, H, W, 4) and (T, H, W, 3) uint8; None where the clip is quarantined.
+        reason: why it is quarantined, in one line; None where it is written.
+        people: number of people found.
+        frames, frames_without_pose, frames_blanked: of the clip; with a person in them who has no avatar; blanked
+            because the removal failed.
+        iou: mean overlap of the avatars' bodies with the people's silhouettes; None where there was nothing to fit.
+        notes: the finder's figures.
+    """
+
+    rgba: np.ndarray | None
+    private: np.ndarray | None
+    reason: str | None
+    people: int
+    frames: int
+    frames_without_pose: int = 0
+    frames_blanked: int = 0
+    iou: float | None = None
+    notes: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def status(self) -> str:
+        """`written` or `quarantined`."""
+        return "quarantined" if self.rgba is None else "written"
+
+
+class Anonymizer:
+    """The pipeline with its models loaded.
+
+    Args:
+        config: the settings.
+        secret: what identities are drawn from.
+        finder: finds the people; the embedded one where None.
+    """
+
+    def __init__(self, config: PipelineConfig, secret: bytes, finder: PeopleFinder | None = None):
+        self.config = config
+        self.finder = finder or EmbeddedFinder(config.finder)
+        self.body = Body(config.avatar.model_path or None)
+        self.wardrobe = Wardrobe(secret)
+        self.fitter = SilhouetteFitter(self.body, config.fit)
+        self.refiner = ControlNetRefiner(config.refine) if config.refine.folder else None
+
+    def clip(self, frames: np.ndarray, fps: float, video: str, subjects: Sequence[str] = ()) -> ClipResult:
+        """Anonymizes one clip.
+
+        Fails closed: whatever leaves a doubt that somebody might still be seen quarantines the clip; a person who
+        cannot be re-posed is removed all the same; a frame whose removal failed is blanked.
+
+        Args:
+            frames: (T, H, W, 3) uint8 RGB.
+            video: the video's key.
+            subjects: the people in it by name, where known.
+        """
+        total = len(frames)
+        people = self.finder.find(frames, fps)
+        found = functools.partial(ClipResult, people=len(people.persons), frames=total, notes=people.notes)
+        quarantined = functools.partial(found, None, None)
+        if people.doubt:
+            return quarantined(people.doubt)
+        if not people.persons:
+            return quarantined("no person found")
+        removal = remove(frames, people, self.config.limits.max_blanked)
+        blanked = int(removal.blanked.sum())
+        if removal.doubt:
+            return quarantined(removal.doubt, frames_blanked=blanked)
+
+        camera = Camera.default(frames.shape[2], frames.shape[1])
+        keys = [identity_key(video, person.track_id, subjects, self.config.avatar) for person in people.persons]
+        betas = [self.wardrobe.identity(key).betas for key in keys]
+        fits = [self.fitter(person, camera, shape) for person, shape in zip(people.persons, betas)]
+        missing = np.any([person.present & ~fit.ok for person, fit in zip(people.persons, fits)], 0)
+        overlaps = np.concatenate([fit.iou[np.isfinite(fit.iou)] for fit in fits])
+        figures = {
+            "frames_without_pose": int(missing.sum()),
+            "frames_blanked": blanked,
+            "iou": float(overlaps.mean()) if len(overlaps) else None,
+        }
+        if missing.mean() > self.config.limits.max_without_pose:
+            return quarantined(f"{missing.mean():.0%} of the frames show a person who could not be re-posed", **figures)
+        if not any(fit.ok.any() for fit in fits):
+            return quarantined("nobody could be re-posed", **figures)
+
+        rgba, depth = render_public(fits, keys, camera, self.body, self.wardrobe, self.config.avatar.samples)
+        if self.refiner:
+            ground = removal.frames if self.config.refine.context == "scene" else None
+            rgba = self.refiner(rgba, depth, self.wardrobe.identity(keys[0]), ground)
+        return found(rgba, removal.frames, None, **figures)
+
+
+def render_public(
+    fits: Sequence[Fit], keys: Sequence[str], camera: Camera, body: Body, wardrobe: Wardrobe, samples: int = 2
+) -> tuple[np.ndarray, np.ndarray]:
+    """The public layer: avatar `keys[i]` in the poses `fits[i]` wherever these are `ok`, nearer ones over farther ones.
+
+    Guarantees: a function of poses, camera, keys, wardrobe and body model. No pixel of a source reaches it, nor any
+    shape, colour or light taken from one.
+
+    Returns:
+        rgba (T, H, W, 4) uint8, straight colour, and depth (T, H, W) float32 in metres, infinite where nothing is.
+    """
+    avatars = [Avatar(body, wardrobe.identity(key)) for key in keys]
+    rgba, depth = [], []
+    for start in range(0, len(fits[0].ok), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        meshes = [avatar.mesh(fit.pose[part]) for avatar, fit in zip(avatars, fits)]
+        for t in range(len(fits[0].ok[part])):
+            shown = [mesh for mesh, fit in zip(meshes, fits) if fit.ok[start + t]]
+            rendering = render(shown, t, camera, samples)
+            rgba.append(rendering.rgba)
+            depth.append(rendering.depth)
+    return np.stack(rgba), np.stack(depth)
+
+
+def identity_key(video: str, track: int, subjects: Sequence[str], config: AvatarConfig) -> str:
+    """What a person's identity is drawn from: the video and the track, or the subject where that is asked and known."""
+    if config.identity == "subject" and len(subjects) == 1:
+        return f"subject/{subjects[0]}"
+    return f"{video}/{track}"
