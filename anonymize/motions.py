@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from scipy.spatial.transform import Rotation
 
-from anonymize.body import Body
+from anonymize.body import Body, skin
 from anonymize.pose import Pose
 
 LEFT, RIGHT = 1, -1  # also the sign of x on that side
 SIDES = (LEFT, RIGHT)
-FIST, RELAXED = 1.35, 0.35  # bend of each finger joint, radians
+FIST = 1.35  # bend of each finger joint, radians
 
 FARTHEST = 2.2  # metres walked in a clip
 SEAT_DROP = 0.40  # metres the pelvis comes down to sit
@@ -639,6 +639,16 @@ SEATED = frozenset({"sit_down", "stand_up"})
 """The actions that need a seat where the pelvis is lowest."""
 
 
+def stand(rng: np.random.Generator, frames: int, fps: float) -> Pose:
+    """Someone who stands there and does nothing."""
+    return turn(_Performance(rng, frames, fps).solve(), rng.uniform(-1, 1))
+
+
+def pelvis(pose: Pose) -> np.ndarray:
+    """(T, 3) world position of the standard body's pelvis."""
+    return pose.transl + _skeleton()[0][PELVIS]
+
+
 def mirror(pose: Pose) -> Pose:
     """The same performance seen in a mirror: left and right exchanged."""
     flip = np.array([1, -1, -1], np.float32)
@@ -660,11 +670,10 @@ def mirror(pose: Pose) -> Pose:
 def turn(pose: Pose, angle: float) -> Pose:
     """The pose turned left by `angle` radians about the vertical through the world's origin."""
     rotation = Rotation.from_rotvec([0, angle, 0])
-    pelvis = _skeleton()[0][PELVIS]
     return dataclasses.replace(
         pose,
         global_orient=(rotation * Rotation.from_rotvec(pose.global_orient)).as_rotvec(),
-        transl=rotation.apply(pose.transl + pelvis) - pelvis,
+        transl=rotation.apply(pelvis(pose)) - _skeleton()[0][PELVIS],
     )
 
 
@@ -673,21 +682,24 @@ def move(pose: Pose, offset) -> Pose:
     return dataclasses.replace(pose, transl=pose.transl + np.asarray(offset))
 
 
-def fit_to_body(pose: Pose, body: Body, betas: np.ndarray) -> Pose:
+def fit_to_body(pose: Pose, body: Body, betas) -> Pose:
     """The pose for a body of another shape: steps scaled to its legs, and its soles at the height they had.
 
-    The joint angles are unchanged; only `transl` is.
+    The joint angles are unchanged; only `transl` is. `betas`: (10,).
     """
     standard = _skeleton()[0]
-    _, rest = body.shaped(torch.as_tensor(betas, dtype=torch.float32))
-    rest = rest.numpy()
+    rest = body.shaped(torch.as_tensor(betas, dtype=torch.float32))[1].cpu().numpy()
     ratio = np.ptp(rest[[1, 7], 1]) / np.ptp(standard[[1, 7], 1])
     scaled = dataclasses.replace(pose, transl=ratio * (pose.transl + standard[PELVIS]) - rest[PELVIS])
-    lowest = body(betas, scaled).vertices[..., 1].amin(1).numpy()
-    wanted = ratio * _clearance(pose)
-    return move(scaled, np.stack([0 * lowest, wanted - lowest, 0 * lowest], -1))
+    rise = ratio * lowest(pose, _standard_body(), np.zeros(10)) - lowest(scaled, body, betas)
+    return move(scaled, rise[:, None] * [0, 1, 0])
 
 
-def _clearance(pose: Pose) -> np.ndarray:
-    """(T,) height of the lowest point of the standard body."""
-    return _standard_body()(np.zeros(10), pose).vertices[..., 1].amin(1).numpy()
+def lowest(pose: Pose, body: Body, betas) -> np.ndarray:
+    """(T,) height of the lowest point of the feet, metres."""
+    feet = body.weights[:, [7, 8, 10, 11]].sum(1) > 0.9
+    vertices, joints = body.shaped(torch.as_tensor(betas, dtype=torch.float32))
+    angles = np.concatenate([pose.global_orient, pose.body_pose, np.zeros((len(pose), 99))], 1).reshape(-1, 3)
+    rotations = torch.from_numpy(Rotation.from_rotvec(angles).as_matrix().reshape(-1, 55, 3, 3)).to(joints)
+    _, transforms = body.transforms(joints, rotations, torch.from_numpy(pose.transl).to(joints))
+    return skin(vertices[feet], body.weights[feet], transforms)[..., 1].amin(1).cpu().numpy()
