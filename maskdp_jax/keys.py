@@ -1,0 +1,141 @@
+"""The secret of a run, and every random key derived from it.
+
+No key in the project comes from an integer seed: `jax.random.key(2**40 + 1)` equals `jax.random.key(1)`, and a seed in
+a config is public. Two runs with one key and different noise would reveal the gradient as the difference of two
+releases, so a secret serves one run, one resolved config and one dataset.
+"""
+
+import hashlib
+import hmac
+import json
+import os
+import pathlib
+import secrets
+import stat
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+
+from maskdp.errors import UserError
+
+_BYTES = 32
+_FORMAT = "maskdp run secret 1"
+
+
+class RunSecret:
+    """256 bits from the operating system, bound to one run.
+
+    Guarantees:
+        Keys are HKDF-SHA256(secret, binding ‖ kind ‖ purpose ‖ step): knowing some tells nothing about others, and the
+        same file bound to another run would yield unrelated keys. The file has mode 0600, is written whole or not at
+        all and never replaces another; the secret shows in no repr, error or pickle.
+
+    The key of one `threefry2x32` stream has 64 bits, which is within reach of a determined search; draw noise from
+    several (`keys`), which `noise.gaussian` combines so that all of them must be known.
+    """
+
+    __slots__ = ("_binding", "_secret", "run_id")
+
+    def __init__(self, secret: bytes, run_id: str, config_hash: str, data_fingerprint: str):
+        if len(secret) != _BYTES:
+            raise ValueError(f"a run secret has {_BYTES} bytes")
+        self.run_id = run_id
+        self._binding = _digest(run_id, config_hash, data_fingerprint)
+        self._secret = secret
+
+    @classmethod
+    def create(cls, path: os.PathLike | str, run_id: str, config_hash: str, data_fingerprint: str) -> "RunSecret":
+        """Draws a secret and writes it to `path`, mode 0600.
+
+        Raises:
+            UserError: `path` exists; a secret is never overwritten.
+        """
+        path = pathlib.Path(path)
+        created = cls(secrets.token_bytes(_BYTES), run_id, config_hash, data_fingerprint)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600 from the start
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                json.dump({"format": _FORMAT, "binding": created._binding.hex(), "secret": created._secret.hex()}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(aside, path)
+        except FileExistsError:
+            raise UserError(f"{path}: a run secret is here already, expected a new place") from None
+        finally:
+            os.unlink(aside)
+        return created
+
+    @classmethod
+    def load(cls, path: os.PathLike | str, run_id: str, config_hash: str, data_fingerprint: str) -> "RunSecret":
+        """Reads the secret at `path` for the run it was made for.
+
+        Raises:
+            UserError: it is missing, readable by others, not a run secret, or bound to another run, config or dataset.
+        """
+        path = pathlib.Path(path)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}, expected the secret of run {run_id}") from None
+        with os.fdopen(descriptor) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or stat.S_IMODE(status.st_mode) & 0o077:
+                raise UserError(f"{path}: mode {stat.S_IMODE(status.st_mode):04o}, expected a file of mode 0600")
+            try:
+                entry = json.load(file)
+                loaded = cls(bytes.fromhex(entry["secret"]), run_id, config_hash, data_fingerprint)
+                format_, binding = entry["format"], bytes.fromhex(entry["binding"])
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path}: not a run secret") from None
+        if format_ != _FORMAT:
+            raise UserError(f"{path}: format {format_!r}, expected {_FORMAT!r}")
+        if not hmac.compare_digest(binding, loaded._binding):
+            raise UserError(f"{path}: made for another run, config or dataset than {run_id}; its keys are refused here")
+        return loaded
+
+    def key(self, purpose: str, step: int) -> jax.Array:
+        """() typed `threefry2x32` key for one purpose and step. 64 bits."""
+        return self.keys(purpose, step, 1)[0]
+
+    def keys(self, purpose: str, step: int, count: int) -> jax.Array:
+        """(count,) independent typed `threefry2x32` keys for one purpose and step. 64 bits each."""
+        words = np.frombuffer(self._expand("jax", purpose, step, 8 * count), np.uint32).reshape(count, 2)
+        return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
+
+    def noise_key(self, step: int) -> jax.Array:
+        """(2,) keys for `noise.gaussian`: 128 bits that must all be known to reproduce the noise of `step`."""
+        return self.keys("noise", step, 2)
+
+    def generator(self, purpose: str, step: int) -> np.random.Generator:
+        """A numpy generator (Philox, 128-bit key) for one purpose and step."""
+        return np.random.Generator(
+            np.random.Philox(key=int.from_bytes(self._expand("numpy", purpose, step, 16), "little"))
+        )
+
+    def fingerprint(self) -> str:
+        """A keyed hash, hex, by which a checkpoint recognises the secret without holding it."""
+        return self._expand("fingerprint", "", 0, 32).hex()
+
+    def _expand(self, kind: str, purpose: str, step: int, length: int) -> bytes:
+        info = self._binding + _digest(kind, purpose, str(int(step)))
+        return HKDFExpand(hashes.SHA256(), length, info).derive(self._secret)
+
+    def __repr__(self) -> str:
+        return f"RunSecret(run_id={self.run_id!r})"
+
+    def __reduce__(self):
+        raise TypeError("a run secret is not pickled or copied")
+
+
+def _digest(*parts: str) -> bytes:
+    """SHA-256 of the parts, each preceded by its length so that no two lists read alike."""
+    state = hashlib.sha256()
+    for part in parts:
+        encoded = part.encode()
+        state.update(len(encoded).to_bytes(8, "little") + encoded)
+    return state.digest()

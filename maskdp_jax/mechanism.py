@@ -1,0 +1,469 @@
+"""The mechanism: one object that draws the batches and states their ε. There is no other way to an ε.
+
+The proofs are in `docs/privacy.md`; `D` and `D′` differ in one record under `adjacency`, and both play at every step
+
+    release Σ_{i∈S} clip_C(v_i) + N(0, σ²C²)   and, for the masked objectives, exact gradients of the public batch P.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import dp_accounting
+import numpy as np
+from dp_accounting import pld, rdp
+from scipy import special, stats
+
+from maskdp import config
+from maskdp.errors import UserError
+from maskdp_jax.keys import RunSecret
+from maskdp_jax.noise import support_delta
+
+Objective = Literal["maskdp", "maskdp_residual", "maskdp_two_step", "dp_sgd", "public_only", "sgd"]
+Adjacency = Literal["zero_out", "replace", "remove"]
+Sampling = Literal["independent", "shared_poisson", "shared_epochs"]
+
+OBJECTIVES = ("maskdp", "maskdp_residual", "maskdp_two_step", "dp_sgd", "public_only", "sgd")
+ADJACENCIES = ("zero_out", "replace", "remove")
+SAMPLINGS = ("independent", "shared_poisson", "shared_epochs")
+MASKED = ("maskdp", "maskdp_residual", "maskdp_two_step")
+
+_Relation = dp_accounting.NeighboringRelation
+_OVERFLOW = 1e-12  # default chance that any Poisson batch of the run exceeds its slots
+_LARGEST_EPSILON = 512.0
+_RENYI_ORDERS = (*range(2, 65), *range(72, 257, 8), 384, 512, 768, 1024)  # whole orders: exact sums, and fast
+
+
+class Batch(NamedTuple):
+    """Unit indices of one step, int32, padded with -1.
+
+    Attributes:
+        private: (private_slots,) the units whose private layers enter the clipped sum.
+        public: (public_slots,) the units whose public views give exact gradients.
+    """
+
+    private: np.ndarray
+    public: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Epsilon:
+    """What may be claimed at `delta`.
+
+    Attributes:
+        value: the claim: the tightest bound at hand, infinite when there is none.
+        pld: by privacy loss distributions; None where that accountant does not apply.
+        rdp: by Rényi divergences, looser; None where that accountant does not apply.
+        delta: the δ of all three; it includes the δ lost to the finite support of the noise.
+        event: what was accounted, in words.
+    """
+
+    value: float
+    pld: float | None
+    rdp: float | None
+    delta: float
+    event: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Mechanism:
+    """Sampler, sensitivity and privacy of a training run.
+
+    Guarantees:
+        The batches that `batch` yields for the steps 0 … `steps` - 1, clipped to `l2_clip_norm`, summed, noised once
+        with standard deviation `noise_stddev` and released with exact gradients of the public batch, are
+        (`epsilon(delta).value`, `delta`)-DP under `adjacency` for one unit. This holds for records whose term at each
+        step is a function of the record, of the earlier releases and of the public layers, and for a `RunSecret` that
+        nobody else knows. It does not speak of labels, poses, silhouettes, N or timing (`docs/privacy.md`).
+
+    Attributes:
+        num_units: N, records of the privacy unit. Public.
+        batch_size: expected private batch q·N (`shared_epochs`: its size). Sums are divided by it, whatever was drawn.
+        steps: T, releases, counting a step that is run again with fresh keys as one more.
+        noise_multiplier: σ, in units of `l2_clip_norm` and never rescaled by the sensitivity.
+        l2_clip_norm: C.
+        max_batch: slots of a Poisson batch; what exceeds them is dropped uniformly at random and accounted. By default
+            so many that no batch of the run overflows but with probability 1e-12.
+        public_batch: size of the public batch under `independent`; `batch_size` by default.
+
+    Raises:
+        UserError: a combination that has no meaning or no proof.
+    """
+
+    num_units: int
+    batch_size: int
+    steps: int
+    objective: Objective = "maskdp"
+    adjacency: Adjacency = "zero_out"
+    sampling: Sampling = "independent"
+    noise_multiplier: float = 0.0
+    l2_clip_norm: float = 1.0
+    max_batch: int | None = None
+    public_batch: int | None = None
+
+    def __post_init__(self):
+        config.one_of(self, "objective", OBJECTIVES)
+        config.one_of(self, "adjacency", ADJACENCIES)
+        config.one_of(self, "sampling", SAMPLINGS)
+        config.positive(self, "num_units", "batch_size", "steps", "l2_clip_norm")
+        if self.batch_size > self.num_units:
+            raise UserError(f"Mechanism.batch_size: {self.batch_size}, expected at most num_units = {self.num_units}")
+        if not 0 <= self.noise_multiplier < math.inf:
+            raise UserError(f"Mechanism.noise_multiplier: {self.noise_multiplier}, expected a finite number from 0 up")
+        if self.noise_multiplier > 0 and self.objective in ("sgd", "public_only"):
+            raise UserError(f"Mechanism.noise_multiplier: {self.objective} adds no noise, expected 0")
+        if self.adjacency == "remove" and self.objective not in ("dp_sgd", "sgd"):
+            raise UserError(
+                f"Mechanism.adjacency: under remove a record's public view leaves too, and {self.objective} takes exact"
+                " gradients of it; expected zero_out or replace"
+            )
+        if self.sampling == "shared_poisson" and self.objective == "dp_sgd":
+            raise UserError("Mechanism.sampling: dp_sgd has no public batch to share, expected independent")
+        if self.max_batch is not None:
+            config.positive(self, "max_batch")
+            if self._in_epochs:
+                raise UserError("Mechanism.max_batch: epochs are cut into whole batches, expected none")
+        if self.public_batch is not None:
+            config.positive(self, "public_batch")
+            if self.objective not in (*MASKED, "public_only"):
+                raise UserError(f"Mechanism.public_batch: {self.objective} has no public batch, expected none")
+            if self.objective in MASKED and self.sampling != "independent":
+                raise UserError(f"Mechanism.public_batch: {self.sampling} takes the private batch, expected none")
+
+    @property
+    def sampling_prob(self) -> float:
+        """q."""
+        return self.batch_size / self.num_units
+
+    @property
+    def divisor(self) -> int:
+        """What the noised private sum is divided by: q·N, a public constant, never the size of the batch drawn."""
+        return self.batch_size
+
+    @property
+    def public_divisor(self) -> int:
+        """What the sum of public gradients is divided by: the expected size of the public batch."""
+        return self.batch_size if self._shared else self.public_slots
+
+    @property
+    def noise_stddev(self) -> float:
+        """σ·C, the standard deviation of the noise on each coordinate of the global sum."""
+        return self.noise_multiplier * self.l2_clip_norm
+
+    @property
+    def sensitivity(self) -> float:
+        """How far one record moves the sum of clipped terms, in units of C: 0, 1, 2 or infinity.
+
+        A clipped term that vanishes for one of two neighbours moves the sum by C. One that is swapped for another
+        clipped term moves it by 2C: `replace` always, and `zero_out` where the public view has a gradient of its own.
+        """
+        if self.objective == "sgd":
+            return math.inf
+        if self.objective == "public_only":
+            return 0.0
+        return 1.0 if (self.objective, self.adjacency) in _VANISHING else 2.0
+
+    @property
+    def private_slots(self) -> int:
+        """Length of `Batch.private`."""
+        if self.objective == "public_only":
+            return 0
+        if self._in_epochs:
+            return self.batch_size
+        if self.max_batch is not None:
+            return min(self.max_batch, self.num_units)
+        return min(self.num_units, int(stats.binom.isf(_OVERFLOW / self.steps, self.num_units, self.sampling_prob)))
+
+    @property
+    def public_slots(self) -> int:
+        """Length of `Batch.public`."""
+        if self.objective in ("sgd", "dp_sgd"):
+            return 0
+        return self.private_slots if self._shared else self.public_batch or self.batch_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """⌈N / batch⌉: steps in which the epoch sampler shows every unit once."""
+        return math.ceil(self.num_units / self.batch_size)
+
+    def batch(self, secret: RunSecret, step: int) -> Batch:
+        """The units of one step: a function of the secret and the step alone, equal in every process.
+
+        Guarantees:
+            `independent`: each unit is in S with probability q, independently of every other unit, step and of P.
+            `shared_poisson`: the same S, and P = S. `shared_epochs`: P = S, each unit exactly once an epoch.
+            A Poisson draw beyond the slots is cut to a uniformly random subset. Nothing looks at the records.
+
+        Raises:
+            ValueError: `step` is not one of the accounted steps.
+        """
+        if not 0 <= step < self.steps:
+            raise ValueError(f"step {step} is not among the {self.steps} steps that were accounted")
+        if self.objective == "public_only":
+            return Batch(np.empty(0, np.int32), self._chunk(secret, "sample/public", step, self.public_slots))
+        if self._in_epochs:
+            private = self._chunk(secret, "sample/private", step, self.batch_size)
+        else:
+            private = self._poisson(secret, step)
+        if self.objective not in MASKED:
+            return Batch(private, np.empty(0, np.int32))
+        if self._shared:
+            return Batch(private, private.copy())
+        return Batch(private, self._chunk(secret, "sample/public", step, self.public_slots))
+
+    def event(self) -> tuple[dp_accounting.DpEvent, dp_accounting.NeighboringRelation]:
+        """The whole run as an event of dp_accounting, with the neighbouring relation it must be accounted under.
+
+        Shared Poisson batches have no such event and come as `UnsupportedDpEvent`; `epsilon` sums them exactly.
+        """
+        removal = _Relation.ADD_OR_REMOVE_ONE if self.adjacency == "remove" else _Relation.REPLACE_SPECIAL
+        if self.sensitivity == 0:
+            return dp_accounting.NoOpDpEvent(), removal
+        if self.sensitivity == math.inf or self.noise_multiplier == 0:
+            return dp_accounting.NonPrivateDpEvent(), removal
+        if self._in_epochs:
+            gaussian = dp_accounting.GaussianDpEvent(self.noise_multiplier / self.sensitivity)
+            return dp_accounting.SelfComposedDpEvent(gaussian, self._epochs), _Relation.ADD_OR_REMOVE_ONE
+        if self._shared:
+            return dp_accounting.UnsupportedDpEvent(), removal
+        relation = _Relation.REPLACE_ONE if self.sensitivity == 2 else removal
+        if self.private_slots == self.num_units:
+            return self._untruncated, relation
+        step = dp_accounting.TruncatedSubsampledGaussianDpEvent(
+            self.num_units, self.sampling_prob, self.private_slots, self.noise_multiplier
+        )
+        return dp_accounting.SelfComposedDpEvent(step, self.steps), relation
+
+    def delta(self, epsilon: float) -> float:
+        """The smallest δ that may be claimed at `epsilon`, by the bound of `Epsilon.value`."""
+        return min(1.0, self._delta(epsilon) + support_delta(self.steps, epsilon))
+
+    def epsilon(self, delta: float) -> Epsilon:
+        """What may be claimed at `delta`.
+
+        Guarantees:
+            Every figure is an upper bound: grids round up, a search returns its safe end, the tails of sums count in
+            full, and the finite support of the noise and the truncation of batches are charged to δ.
+
+        Raises:
+            UserError: `delta` is not inside (0, 1).
+        """
+        if not 0 < delta < 1:
+            raise UserError(f"delta: {delta}, expected a number between 0 and 1")
+        if self.sensitivity == 0:
+            return Epsilon(0.0, 0.0, 0.0, delta, self._words())
+        if self.sensitivity == math.inf or self.noise_multiplier == 0:
+            return Epsilon(math.inf, None, None, delta, self._words())
+
+        value = _smallest_epsilon(self.delta, delta)
+        by_pld = by_rdp = None
+        if self._in_epochs:
+            by_pld = _smallest_epsilon(self._charged(_composed_pld(*self.event()).get_delta_for_epsilon), delta)
+        elif not self._shared:
+            by_pld = value
+        if (renyi := self._renyi_delta()) is not None:
+            by_rdp = _smallest_epsilon(self._charged(renyi), delta)
+            by_rdp = by_rdp if math.isfinite(by_rdp) else None
+        return Epsilon(value, by_pld, by_rdp, delta, self._words())
+
+    # --- the sampler -------------------------------------------------------------------------------------------------
+
+    @property
+    def _shared(self) -> bool:
+        return self.objective in MASKED and self.sampling != "independent"
+
+    @property
+    def _in_epochs(self) -> bool:
+        return self.sampling == "shared_epochs" or self.objective in ("sgd", "public_only")
+
+    @property
+    def _epochs(self) -> int:
+        """How often one unit takes part at most."""
+        return math.ceil(self.steps / self.steps_per_epoch)
+
+    def _poisson(self, secret: RunSecret, step: int) -> np.ndarray:
+        generator = secret.generator("sample/private", step)
+        drawn = np.flatnonzero(generator.random(self.num_units) < self.sampling_prob)
+        if len(drawn) > self.private_slots:
+            drawn = generator.choice(drawn, self.private_slots, replace=False)
+        return _padded(drawn, self.private_slots)
+
+    def _chunk(self, secret: RunSecret, purpose: str, step: int, size: int) -> np.ndarray:
+        epoch, position = divmod(step, math.ceil(self.num_units / size))
+        order = secret.generator(purpose, epoch).permutation(self.num_units)
+        return _padded(order[position * size : (position + 1) * size], size)
+
+    # --- the account -------------------------------------------------------------------------------------------------
+
+    @property
+    def _untruncated(self) -> dp_accounting.DpEvent:
+        """The event of Poisson batches that never overflow."""
+        gaussian = dp_accounting.GaussianDpEvent(self.noise_multiplier)
+        step = dp_accounting.PoissonSampledDpEvent(self.sampling_prob, gaussian)
+        return dp_accounting.SelfComposedDpEvent(step, self.steps)
+
+    def _overflow_delta(self, epsilon: float) -> float:
+        """The δ by which truncation can be bought off: the chance that any batch overflows, for both neighbours."""
+        chance = self.steps * float(stats.binom.sf(self.private_slots, self.num_units, self.sampling_prob))
+        return (1 + math.exp(epsilon)) * chance
+
+    def _subsampled_delta(self, epsilon: float) -> float:
+        """δ(ε) of Poisson batches by PLD: overflow bought off where that costs next to nothing, else as an event."""
+        event, relation = self.event()
+        overflow = self._overflow_delta(epsilon)
+        bought = _composed_pld(self._untruncated, relation).get_delta_for_epsilon(epsilon) + overflow
+        if overflow <= 1e-3 * bought:
+            return float(bought)
+        return float(_composed_pld(event, relation).get_delta_for_epsilon(epsilon))
+
+    def _delta(self, epsilon: float) -> float:
+        """δ(ε) of the run with perfect noise."""
+        if self.sensitivity == 0:
+            return 0.0
+        if self.sensitivity == math.inf or self.noise_multiplier == 0:
+            return 1.0
+        if not (self._in_epochs or self._shared):
+            return self._subsampled_delta(epsilon)
+        times, chances, rest = _participation(1 if self._in_epochs else self.sampling_prob, self._exposures)
+        shifts = np.sqrt(times) * self.sensitivity / self.noise_multiplier
+        return float(rest + chances @ gaussian_delta(epsilon, shifts))
+
+    @property
+    def _exposures(self) -> int:
+        return self._epochs if self._in_epochs else self.steps
+
+    def _renyi_delta(self) -> Callable[[float], float] | None:
+        """δ(ε) by Rényi divergences; None for shared Poisson and for swapped terms, which they have no event for."""
+        event, relation = self.event()
+        subsampled = not (self._in_epochs or self._shared)
+        accountant = rdp.RdpAccountant(_RENYI_ORDERS, relation)
+        event = self._untruncated if subsampled else event
+        if not accountant.supports(event):
+            return None
+        accountant.compose(event)
+        return lambda epsilon: accountant.get_delta(epsilon) + (self._overflow_delta(epsilon) if subsampled else 0)
+
+    def _charged(self, delta_of: Callable[[float], float]) -> Callable[[float], float]:
+        return lambda epsilon: delta_of(epsilon) + support_delta(self.steps, epsilon)
+
+    def _words(self) -> str:
+        if self.sensitivity == 0:
+            return "no access to private layers"
+        if self.sensitivity == math.inf or self.noise_multiplier == 0:
+            return "not private: no noise"
+        entry = f"Gaussian(σ={self.noise_multiplier:.6g})"
+        if self._in_epochs:
+            return f"{self._epochs} × Gaussian(σ={self.noise_multiplier:.6g}/{self.sensitivity:.0f}), no amplification"
+        if self._shared:
+            return (
+                f"Σ_k Binomial(k; {self.steps}, {self.sampling_prob:.6g}) · "
+                f"k × Gaussian(σ={self.noise_multiplier:.6g}/{self.sensitivity:.0f}), no amplification"
+            )
+        _, relation = self.event()
+        slots = f", at most {self.private_slots}" if self.private_slots < self.num_units else ""
+        return f"{self.steps} × Poisson(q={self.sampling_prob:.6g}{slots}, {entry}) under {relation.name}"
+
+
+# The clipped term is exactly 0 for one of the two neighbours.
+_VANISHING = {("maskdp", "zero_out"), ("maskdp_residual", "zero_out"), ("dp_sgd", "remove")}
+
+
+def calibrate(
+    mechanism: Mechanism,
+    epsilon: float,
+    delta: float,
+    parameter: Literal["noise_multiplier", "steps", "batch_size"] = "noise_multiplier",
+) -> Mechanism:
+    """`mechanism` with the least noise, the most steps or the largest batch whose claim at `delta` is within `epsilon`.
+
+    Guarantees:
+        The result's `epsilon(delta).value` was computed and is at most `epsilon`. Noise is within a factor 1 + 1e-5
+        of the least; steps and batch are exact. Everything else is left as it is.
+
+    Raises:
+        UserError: nothing in reach keeps to `epsilon`, or the objective has nothing to calibrate.
+    """
+    if not 0 < epsilon < math.inf:
+        raise UserError(f"epsilon: {epsilon}, expected a number above 0")
+    if mechanism.sensitivity in (0, math.inf):
+        raise UserError(f"objective: {mechanism.objective} has no noise to calibrate")
+
+    aimed = epsilon * (1 - 1e-6)  # so that the search for ε, which stops 1e-7 above the least, stays within `epsilon`
+
+    def keeps(value: float) -> bool:
+        return dataclasses.replace(mechanism, **{parameter: value}).delta(aimed) <= delta
+
+    if parameter == "noise_multiplier":
+        safe = 1.0
+        while not keeps(safe):
+            safe *= 2
+            if safe > 2**20:
+                raise UserError(f"epsilon: {epsilon} at delta {delta} is out of reach of any noise below 2^20")
+        unsafe = safe / 2
+        while unsafe > 2**-6 and keeps(unsafe):
+            safe, unsafe = unsafe, unsafe / 2
+        while safe > unsafe * (1 + 1e-5):
+            middle = math.sqrt(safe * unsafe)
+            safe, unsafe = (middle, unsafe) if keeps(middle) else (safe, middle)
+        return dataclasses.replace(mechanism, noise_multiplier=safe)
+
+    if not keeps(1):
+        raise UserError(f"{parameter}: even 1 exceeds epsilon {epsilon} at delta {delta}; expected more noise")
+    safe, unsafe = 1, 2
+    limit = mechanism.num_units if parameter == "batch_size" else 10**8
+    while unsafe <= limit and keeps(unsafe):
+        safe, unsafe = unsafe, unsafe * 2
+    unsafe = min(unsafe, limit + 1)
+    while unsafe - safe > 1:
+        middle = (safe + unsafe) // 2
+        safe, unsafe = (middle, unsafe) if keeps(middle) else (safe, middle)
+    return dataclasses.replace(mechanism, **{parameter: safe})
+
+
+def gaussian_delta(epsilon: float, shift: np.ndarray) -> np.ndarray:
+    """δ of N(shift, 1) against N(0, 1): Φ(μ/2 - ε/μ) - e^ε Φ(-μ/2 - ε/μ), 0 at μ = 0 (arXiv 1805.06530, theorem 8)."""
+    shift = np.asarray(shift, np.float64)
+    mu = np.where(shift > 0, shift, 1.0)
+    delta = special.ndtr(mu / 2 - epsilon / mu) - np.exp(epsilon + special.log_ndtr(-mu / 2 - epsilon / mu))
+    return np.where(shift > 0, np.maximum(delta, 0), 0.0)
+
+
+def _participation(probability: float, trials: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """How often a unit takes part, the chances of it, and the chance of anything left out."""
+    if probability >= 1:
+        return np.array([trials]), np.ones(1), 0.0
+    most = min(trials, int(stats.binom.isf(1e-30, trials, probability)))
+    times = np.arange(most + 1)
+    return times, stats.binom.pmf(times, trials, probability), float(stats.binom.sf(most, trials, probability))
+
+
+@functools.lru_cache(maxsize=8)
+def _composed_pld(event: dp_accounting.DpEvent, relation: dp_accounting.NeighboringRelation):
+    """The privacy loss distribution of `event`, which is a step composed many times, on a grid fine enough for that."""
+    interval = min(max(0.02 / math.sqrt(event.count), 2e-5), 5e-4)
+    accountant = pld.PLDAccountant(relation, value_discretization_interval=interval)
+    accountant.compose(event)
+    return accountant._pld
+
+
+def _smallest_epsilon(delta_of: Callable[[float], float], delta: float) -> float:
+    """The least ε, from above and to 1e-7 of its size, at which `delta_of` is at most `delta`; infinite if none."""
+    if delta_of(0.0) <= delta:
+        return 0.0
+    unsafe, safe = 0.0, 2.0**-10
+    while delta_of(safe) > delta:
+        unsafe, safe = safe, safe * 2
+        if safe > _LARGEST_EPSILON:
+            return math.inf
+    while safe - unsafe > 1e-7 * safe:
+        middle = (safe + unsafe) / 2
+        unsafe, safe = (unsafe, middle) if delta_of(middle) <= delta else (middle, safe)
+    return safe
+
+
+def _padded(units: np.ndarray, slots: int) -> np.ndarray:
+    padded = np.full(slots, -1, np.int32)
+    padded[: len(units)] = units
+    return padded
