@@ -289,8 +289,8 @@ def _wave(p: _Performance) -> None:
 
 
 def _clap(p: _Performance) -> None:
-    apart = 0.5 + 0.5 * np.sin(2 * np.pi * p.cycles(0.5))
-    height, wide = p.rng.uniform(-0.2, 0.0), p.rng.uniform(0.12, 0.25)
+    apart = 0.5 + 0.5 * np.sin(2 * np.pi * p.cycles(0.6))
+    height, wide = p.rng.uniform(-0.2, 0.0), p.rng.uniform(0.2, 0.32)
     weight = p.ready()
     for s in SIDES:
         to = np.stack([-0.135 + wide * apart, height + 0 * apart, p.vary(0.34, 0.02) + 0 * apart], -1)
@@ -698,8 +698,18 @@ def fit_to_body(pose: Pose, body: Body, betas) -> Pose:
 def lowest(pose: Pose, body: Body, betas) -> np.ndarray:
     """(T,) height of the lowest point of the feet, metres."""
     feet = body.weights[:, [7, 8, 10, 11]].sum(1) > 0.9
-    vertices, joints = body.shaped(torch.as_tensor(betas, dtype=torch.float32))
-    angles = np.concatenate([pose.global_orient, pose.body_pose, np.zeros((len(pose), 99))], 1).reshape(-1, 3)
-    rotations = torch.from_numpy(Rotation.from_rotvec(angles).as_matrix().reshape(-1, 55, 3, 3)).to(joints)
-    _, transforms = body.transforms(joints, rotations, torch.from_numpy(pose.transl).to(joints))
-    return skin(vertices[feet], body.weights[feet], transforms)[..., 1].amin(1).cpu().numpy()
+    vertices = body.shaped(torch.as_tensor(betas, dtype=torch.float32))[0][feet]
+    return skin(vertices, body.weights[feet], _forward(pose, body, betas)[1])[..., 1].amin(1).cpu().numpy()
+
+
+def joints(pose: Pose, body: Body, betas) -> np.ndarray:
+    """(T, 55, 3) world joints; much cheaper than posing the whole body."""
+    return _forward(pose, body, betas)[0].cpu().numpy()
+
+
+def _forward(pose: Pose, body: Body, betas) -> tuple[torch.Tensor, torch.Tensor]:
+    rest = body.shaped(torch.as_tensor(betas, dtype=torch.float32))[1]
+    still = np.zeros((len(pose), 6), np.float32)  # the eyes
+    parts = pose.global_orient, pose.body_pose, pose.jaw_pose, still, pose.left_hand_pose, pose.right_hand_pose
+    rotations = Rotation.from_rotvec(np.concatenate(parts, 1).reshape(-1, 3)).as_matrix().reshape(-1, 55, 3, 3)
+    return body.transforms(rest, torch.from_numpy(rotations).to(rest), torch.from_numpy(pose.transl).to(rest))

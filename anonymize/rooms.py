@@ -729,9 +729,11 @@ def _see_box(box: Box, eye: np.ndarray, rays: np.ndarray):
     low, high = np.array(box.low, np.float32), np.array(box.high, np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
         to_low, to_high = (low - eye) / rays, (high - eye) / rays
-    near, far = np.minimum(to_low, to_high), np.maximum(to_low, to_high)
-    axis, distance = near.argmax(1), near.max(1)
-    distance = np.where((distance < far.min(1)) & (distance > 0), distance, np.float32(np.inf))
+    (x, y, z), far = np.minimum(to_low, to_high).T, np.maximum(to_low, to_high).T
+    distance = np.maximum(np.maximum(x, y), z)
+    axis = np.where(distance == x, 0, np.where(distance == y, 1, 2))
+    ahead = (distance < np.minimum(np.minimum(far[0], far[1]), far[2])) & (distance > 0)
+    distance = np.where(ahead, distance, np.float32(np.inf))
 
     def paint(index: np.ndarray) -> np.ndarray:
         point = eye + distance[index, None] * rays[index] - low
@@ -776,8 +778,9 @@ def _cast_surroundings(room: Room, eye, rays, nearest, colour, floor) -> None:
         with np.errstate(divide="ignore", invalid="ignore"):
             low = np.array([-room.width, 0, -room.depth], np.float32)
             high = np.array([room.width, CEILING, 1e3], np.float32)
-            far = np.maximum((low - eye) / rays, (high - eye) / rays)
-        distance, axis = far.min(1), far.argmin(1)
+            x, y, z = np.maximum((low - eye) / rays, (high - eye) / rays).T
+        distance = np.minimum(np.minimum(x, y), z)
+        axis = np.where(distance == x, 0, np.where(distance == y, 1, 2))
         point = eye + distance[:, None] * rays
         ground = (axis == 1) & (rays[:, 1] < 0)
         for normal, along in ((0, 2), (2, 0)):
@@ -809,7 +812,7 @@ def _shadow_of(room: Room, point: np.ndarray) -> np.ndarray:
             low = high = np.array(item.centre, np.float32)[[0, 2]]
         else:
             continue
-        away = np.linalg.norm(np.maximum(np.maximum(low - point, point - high), 0), axis=1)
+        away = np.hypot(*np.maximum(np.maximum(low - point, point - high), 0).T)
         light *= 1 - 0.35 * np.exp(-away / 0.12)
     if room.wall is not None:
         edge = np.minimum(room.width - np.abs(point[:, 0]), point[:, 1] + room.depth).clip(0)

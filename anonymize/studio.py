@@ -42,8 +42,9 @@ HOME = {
 }
 """The kind of room that goes with an action; the others take the kinds in turn."""
 
+_SHADOWS = ((0, 0.25, 0.28), *((joint, 0.3, 0.1) for joint in (7, 8, 10, 11)))  # of a joint: strength, spread (m)
 _CLEARANCE = 0.65  # metres kept from the stool by those who do not sit on it
-_MARGIN = 0.05  # of the picture's sides, kept free around the joints
+_MARGIN = 0.05  # of the picture's sides, kept free around the actor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,16 +209,15 @@ def film(config: StudioConfig, take: Take) -> Film:
         actor = motions.pelvis(poses[0]).mean(0)
         bystander = motions.move(motions.stand(rng, *timing), [actor[0] + aside, 0, max(-0.6, actor[2] - 0.6)])
         poses.append(motions.fit_to_body(bystander, _body(), avatar.betas))
-    joints = [_body()(avatar.betas, pose).joints for avatar, pose in zip(avatars, poses)]
-    camera = _aimed(joints[0], rng, config.size)
-
     meshes = [avatar.mesh(pose) for avatar, pose in zip(avatars, poses)]
+    camera = _aimed(meshes[0].vertices[:, ::16].reshape(-1, 3), rng, config.size)
     drawn = [render(meshes, frame, camera) for frame in range(config.frames)]
     rgba = np.stack([picture.rgba for picture in drawn])
     person = np.stack([picture.person for picture in drawn])
     masks = np.stack([(person == index) & (rgba[..., 3] >= 128) for index in range(len(poses))])
     empty, floor = rooms.look(room, camera)
-    shade = np.stack([_shade(floor, [track[frame].numpy() for track in joints]) for frame in range(config.frames)])
+    joints = np.stack([motions.joints(pose, _body(), avatar.betas) for avatar, pose in zip(avatars, poses)], 1)
+    shade = np.stack([_shade(floor, people) for people in joints])
     frames = layers.composite(rgba, (empty * shade[..., None]).round().astype(np.uint8))
     return Film(
         rgba, empty, _noisy(frames, rng), masks, tuple(poses), tuple(avatar.betas.numpy() for avatar in avatars), camera
@@ -239,9 +239,9 @@ def _staged(pose: Pose, avatar: Avatar, room: rooms.Room, rng: np.random.Generat
     return motions.move(pose, [spot[0], 0, spot[1]])
 
 
-def _aimed(joints: torch.Tensor, rng: np.random.Generator, size: int) -> Camera:
-    """A camera that sees a standing actor 50 to 90 % as high as the picture; farther off if some joint would leave it."""
-    points = joints.reshape(-1, 3)
+def _aimed(points: torch.Tensor, rng: np.random.Generator, size: int) -> Camera:
+    """A camera that sees a standing actor 50 to 90 % as high as the picture; farther off if `points` (N, 3) would
+    leave it."""
     middle = (points.amin(0) + points.amax(0)).numpy() / 2
     target = middle * [1, 0, 1] + [rng.normal(0, 0.08), rng.uniform(0.8, 1.0), 0]
     focal = rng.uniform(1.0, 1.4) * size
@@ -256,21 +256,15 @@ def _aimed(joints: torch.Tensor, rng: np.random.Generator, size: int) -> Camera:
         distance *= 1.05
 
 
-def _shade(floor: np.ndarray, people: list[np.ndarray]) -> np.ndarray:
-    """(H, W) brightness of the floor (H, W, 2; NaN elsewhere) beneath people's joints (J, 3): soft contact shadows."""
-    light = np.ones(floor.shape[:2])
+def _shade(floor: np.ndarray, people: np.ndarray) -> np.ndarray:
+    """(H, W) brightness of the floor (H, W, 2; NaN elsewhere) beneath people (P, 55, 3): soft contact shadows."""
+    x, z = np.nan_to_num(floor, nan=1e3).transpose(2, 0, 1)
+    light = np.ones(x.shape, np.float32)
     for joints in people:
-        for index, (strength, spread) in {
-            0: (0.25, 0.28),
-            7: (0.3, 0.1),
-            8: (0.3, 0.1),
-            10: (0.3, 0.1),
-            11: (0.3, 0.1),
-        }.items():
-            x, height, z = joints[index]
+        for index, strength, spread in _SHADOWS:
+            across, height, along = joints[index].tolist()
             strength *= np.exp(-max(height - 0.1, 0) / 0.2) if index else 1
-            away = ((floor - [x, z]) ** 2).sum(-1)
-            light *= 1 - strength * np.exp(-np.nan_to_num(away, nan=np.inf) / (2 * spread**2))
+            light *= 1 - strength * np.exp(-((x - across) ** 2 + (z - along) ** 2) / (2 * spread**2))
     return light
 
 
