@@ -5,6 +5,7 @@ The proofs are in `docs/privacy.md`; `D` and `D′` differ in one record under `
     release Σ_{i∈S} clip_C(v_i) + N(0, σ²C²)   and, for the masked objectives, exact gradients of the public batch P.
 """
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -14,7 +15,7 @@ from typing import Literal, NamedTuple
 import dp_accounting
 import numpy as np
 from dp_accounting import pld, rdp
-from scipy import special, stats
+from scipy import optimize, special, stats
 
 from maskdp import config
 from maskdp.errors import UserError
@@ -165,7 +166,7 @@ class Mechanism:
             return 0.0
         return 1.0 if (self.objective, self.adjacency) in _VANISHING else 2.0
 
-    @property
+    @functools.cached_property
     def private_slots(self) -> int:
         """Length of `Batch.private`."""
         if self.objective == "public_only":
@@ -174,7 +175,7 @@ class Mechanism:
             return self.batch_size
         if self.max_batch is not None:
             return min(self.max_batch, self.num_units)
-        return min(self.num_units, int(stats.binom.isf(_OVERFLOW / self.steps, self.num_units, self.sampling_prob)))
+        return _binomial_bound(self.num_units, self.sampling_prob, _OVERFLOW / self.steps)
 
     @property
     def public_slots(self) -> int:
@@ -304,17 +305,21 @@ class Mechanism:
         step = dp_accounting.PoissonSampledDpEvent(self.sampling_prob, gaussian)
         return dp_accounting.SelfComposedDpEvent(step, self.steps)
 
+    @functools.cached_property
+    def _overflow(self) -> float:
+        """Bound on the chance that any Poisson batch of the run exceeds its slots."""
+        return self.steps * float(stats.binom.sf(self.private_slots, self.num_units, self.sampling_prob))
+
     def _overflow_delta(self, epsilon: float) -> float:
-        """The δ by which truncation can be bought off: the chance that any batch overflows, for both neighbours."""
-        chance = self.steps * float(stats.binom.sf(self.private_slots, self.num_units, self.sampling_prob))
-        return (1 + math.exp(epsilon)) * chance
+        """The δ by which truncation can be bought off: `_overflow` for both neighbours."""
+        return (1 + math.exp(epsilon)) * self._overflow
 
     def _subsampled_delta(self, epsilon: float) -> float:
         """δ(ε) of Poisson batches by PLD: overflow bought off where that costs next to nothing, else as an event."""
         event, relation = self.event()
         overflow = self._overflow_delta(epsilon)
         bought = _composed_pld(self._untruncated, relation).get_delta_for_epsilon(epsilon) + overflow
-        if overflow <= 1e-3 * bought:
+        if overflow <= 1e-2 * bought:
             return float(bought)
         return float(_composed_pld(event, relation).get_delta_for_epsilon(epsilon))
 
@@ -396,19 +401,7 @@ def calibrate(
         return dataclasses.replace(mechanism, **{parameter: value}).delta(aimed) <= delta
 
     if parameter == "noise_multiplier":
-        safe = 1.0
-        while not keeps(safe):
-            safe *= 2
-            if safe > 2**20:
-                raise UserError(f"epsilon: {epsilon} at delta {delta} is out of reach of any noise below 2^20")
-        unsafe = safe / 2
-        while unsafe > 2**-6 and keeps(unsafe):
-            safe, unsafe = unsafe, unsafe / 2
-        while safe > unsafe * (1 + 1e-5):
-            middle = math.sqrt(safe * unsafe)
-            safe, unsafe = (middle, unsafe) if keeps(middle) else (safe, middle)
-        return dataclasses.replace(mechanism, noise_multiplier=safe)
-
+        return dataclasses.replace(mechanism, noise_multiplier=_least_noise(mechanism, aimed, delta))
     if not keeps(1):
         raise UserError(f"{parameter}: even 1 exceeds epsilon {epsilon} at delta {delta}; expected more noise")
     safe, unsafe = 1, 2
@@ -420,6 +413,30 @@ def calibrate(
         middle = (safe + unsafe) // 2
         safe, unsafe = (middle, unsafe) if keeps(middle) else (safe, middle)
     return dataclasses.replace(mechanism, **{parameter: safe})
+
+
+def _least_noise(mechanism: Mechanism, epsilon: float, delta: float) -> float:
+    """The least σ, from above and to 1e-5 of its size, with `mechanism.delta(epsilon)` at most `delta`."""
+
+    @functools.cache
+    def excess(log_noise: float) -> float:
+        spent = dataclasses.replace(mechanism, noise_multiplier=math.exp(log_noise)).delta(epsilon)
+        return math.log(max(spent, 1e-300) / delta)
+
+    safe = 0.0
+    while excess(safe) > 0:
+        safe += math.log(2)
+        if safe > math.log(2**20):
+            raise UserError(f"epsilon: {epsilon:.6g} at delta {delta} is out of reach of any noise below 2^20")
+    unsafe = safe - math.log(2)
+    while excess(unsafe) <= 0:
+        safe, unsafe = unsafe, unsafe - math.log(2)
+        if unsafe < -math.log(2**6):
+            return math.exp(safe)
+    safe = optimize.brentq(excess, unsafe, safe, xtol=2e-6)
+    while excess(safe) > 0:
+        safe += 4e-6
+    return math.exp(safe)
 
 
 def gaussian_delta(epsilon: float, shift: np.ndarray) -> np.ndarray:
@@ -434,9 +451,14 @@ def _participation(probability: float, trials: int) -> tuple[np.ndarray, np.ndar
     """How often a unit takes part, the chances of it, and the chance of anything left out."""
     if probability >= 1:
         return np.array([trials]), np.ones(1), 0.0
-    most = min(trials, int(stats.binom.isf(1e-30, trials, probability)))
+    most = _binomial_bound(trials, probability, 1e-30)
     times = np.arange(most + 1)
     return times, stats.binom.pmf(times, trials, probability), float(stats.binom.sf(most, trials, probability))
+
+
+def _binomial_bound(trials: int, probability: float, chance: float) -> int:
+    """The least k that a binomial draw exceeds with at most `chance`. (scipy's `isf` ends at chances of 1e-16.)"""
+    return bisect.bisect_left(range(trials), True, key=lambda k: bool(stats.binom.sf(k, trials, probability) <= chance))
 
 
 @functools.lru_cache(maxsize=8)
