@@ -1,0 +1,134 @@
+"""`privacy_card.json`: what ε speaks of, what it does not, and everything a reader needs to check it."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from maskdp import __version__
+from maskdp_jax.config import TrainConfig
+from maskdp_jax.mechanism import Epsilon, Mechanism
+
+_NEIGHBOURS = {
+    "zero_out": "the private layer of one record is replaced by the fill",
+    "replace": "the private layer of one record is replaced by any other",
+    "remove": "one whole record is left out",
+}
+_UNITS = {"video": "all clips of one video", "subject": "all clips of one person", "scene": "all clips of one place"}
+_SIDE_INFORMATION = (
+    "labels",
+    "silhouette, pose, gait, placement and timing of every person",
+    "which clips were accepted, how many records and clips there are",
+)
+
+
+def make(
+    config: TrainConfig,
+    mechanism: Mechanism,
+    *,
+    most: Mapping[str, int],
+    clips: int,
+    data: Mapping[str, Any],
+    init: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The card of a run.
+
+    Args:
+        config: of the run.
+        mechanism: the source of every figure about privacy.
+        most: most records of one person, place and video.
+        clips: clips in all records together.
+        data: `fingerprint` and `context` of the dataset.
+        init: where the start weights come from, None for random ones.
+
+    Guarantees:
+        ε comes from `mechanism.epsilon` alone. A masked objective gets none on a dataset of `context: scene`.
+    """
+    epsilon = mechanism.epsilon(config.objective.delta)
+    claims = config.objective.private and not (config.objective.masked and data["context"] != "none")
+    return {
+        "maskdp": __version__,
+        "objective": config.objective.name,
+        "epsilon": _finite(epsilon.value) if claims else None,
+        "epsilon_pld": _finite(epsilon.pld) if claims else None,
+        "epsilon_rdp": _finite(epsilon.rdp) if claims else None,
+        "delta": config.objective.delta if claims else None,
+        "speaks_of": _subject(config, epsilon) if claims else "nothing: no differential privacy is claimed",
+        "unit": config.privacy.unit,
+        "adjacency": config.privacy.adjacency,
+        "sampling": config.privacy.sampling,
+        "event": epsilon.event,
+        "mechanism": dataclasses.asdict(mechanism),
+        "noise_multiplier": mechanism.noise_multiplier,
+        "l2_clip_norm": mechanism.l2_clip_norm,
+        "sensitivity": _finite(mechanism.sensitivity),
+        "sampling_prob": mechanism.sampling_prob,
+        "steps": mechanism.steps,
+        "records": mechanism.num_units,
+        "clips": clips,
+        "most_records": dict(most),
+        "epsilon_whole_record": _whole_record(config, epsilon),
+        "not_covered": list(_not_covered(config)),
+        "evaluation": "accuracies are computed on evaluation records without noise; those records are unprotected",
+        "choices": "clip norm, learning rates, steps and architecture are taken from the config as public; the last "
+        "checkpoint is the one released. Choosing any of them by looking at private results costs privacy that this "
+        "card does not count; so does publishing several runs.",
+        "start_weights": dict(init) if init else {"from": "random"},
+        "data": dict(data),
+    }
+
+
+def _subject(config: TrainConfig, epsilon: Epsilon) -> str:
+    what = "the whole of" if config.privacy.adjacency == "remove" else "the private layer (the scene) of"
+    return f"{what} {_UNITS[config.privacy.unit]}, in the stored two-layer dataset"
+
+
+def _whole_record(config: TrainConfig, epsilon: Epsilon) -> str | float | None:
+    """ε for a record's labels and avatars as well."""
+    covered = config.objective.name == "dp_sgd" and config.privacy.adjacency == "remove"
+    return _finite(epsilon.value) if covered else "infinite"
+
+
+def _not_covered(config: TrainConfig) -> tuple[str, ...]:
+    if config.objective.name == "dp_sgd" and config.privacy.adjacency == "remove":
+        return ("how many records there are", "evaluation records")
+    return (*_SIDE_INFORMATION, "evaluation records")
+
+
+def plain_words(card: Mapping[str, Any]) -> dict[str, Any]:
+    """A card for people: `sentence`, and the lists `covered` and `uncovered`."""
+    objective, most = card["objective"], card["most_records"]
+    if objective == "public_only":
+        sentence = (
+            "This model was trained on avatars over a blank background. No private pixel entered it, so it can tell "
+            "nothing of the scenes; no ε is spent."
+        )
+        return {
+            "sentence": sentence,
+            "covered": ["the scene behind the people: it is never used"],
+            "uncovered": list(card["not_covered"]),
+        }
+    if card["epsilon"] is None:
+        sentence = "This model was trained on the clips as they are, or without noise. It carries no privacy guarantee."
+        return {"sentence": sentence, "covered": [], "uncovered": ["everything in the clips"]}
+    epsilon, delta = card["epsilon"], card["delta"]
+    factor = math.exp(min(epsilon, 700))
+    sentence = (
+        f"Whoever sees this model learns little about {card['speaks_of']}: had "
+        f"{_NEIGHBOURS[card['adjacency']]}, no outcome of the training would have been more than {factor:.3g} times as "
+        f"likely or unlikely, but for a chance of {delta:.0e} (ε = {math.ceil(epsilon * 1000) / 1000:g})."
+    )
+    covered = [f"{card['speaks_of']}: ε = {math.ceil(epsilon * 1000) / 1000:g} at δ = {delta:g}"]
+    for who in ("person", "place"):
+        if most[who] == 1:
+            covered.append(f"everything of one {who}, whose clips are one record")
+    uncovered = list(card["not_covered"])
+    for who in ("person", "place"):
+        if most[who] > 1:
+            uncovered.append(f"one {who} as a whole: up to {most[who]} records, so up to that many times ε")
+    uncovered.append("choices made by looking at private results, and further runs on the same data")
+    return {"sentence": sentence, "covered": covered, "uncovered": uncovered}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,174 @@
+"""Shards → records of the privacy unit → padded batches of both views, read ahead by grain."""
+
+import dataclasses
+import functools
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import cv2
+import grain
+import numpy as np
+from jaxtyping import Bool, Float32, Int32, UInt8
+
+from maskdp import layers
+from maskdp.errors import UserError
+from maskdp_jax.config import DataConfig, PrivacyConfig
+
+
+class Views(NamedTuple):
+    """Records as a model sees them: B records of at most K clips.
+
+    Attributes:
+        composite: `x`, the avatars over the real scene.
+        public: `x̃`, the avatars over the fill.
+        label: class of each clip.
+        weight: one over the record's number of clips; 0 in empty places.
+        padding: rows that hold no record.
+    """
+
+    composite: UInt8[np.ndarray, "b k t h w 3"]
+    public: UInt8[np.ndarray, "b k t h w 3"]
+    label: Int32[np.ndarray, "b k"]
+    weight: Float32[np.ndarray, "b k"]
+    padding: Bool[np.ndarray, " b"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """What a clip is sorted by: released side information, no pixels."""
+
+    index: int
+    clip_id: str
+    label: int
+    video_id: str
+    scene_id: str
+    subject_ids: tuple[str, ...]
+
+
+class Clips:
+    """The clips of one split, as pairs of views.
+
+    Attributes:
+        keys: of every clip (if `labelled`, every one with a label); a position in this list is a clip's number below.
+        labels: class names.
+    """
+
+    def __init__(self, dataset: layers.Dataset, split: str, config: DataConfig, labelled: bool = True):
+        self._records, self._config, self._memory = dataset[split], config, {}
+        self.labels = list(dataset.labels)
+        self.keys = [
+            Keys(index, record.clip_id, record.label, record.video_id, record.scene_id, record.subject_ids)
+            for index, record in enumerate(self._records)
+            if record.label >= 0 or not labelled
+        ]
+        if not self.keys:
+            raise UserError(f"{dataset.path}: split {split} has no {'labelled ' * labelled}clip")
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def views(self, number: int) -> tuple[UInt8[np.ndarray, "t h w 3"], UInt8[np.ndarray, "t h w 3"]]:
+        """Composite and public view of one clip, composed at full size and brought to `size` alike."""
+        if (kept := self._memory.get(number)) is not None:
+            return kept
+        record = self._records[self.keys[number].index]
+        rgba, private = record.layers(spaced(record.frames, self._config.frames))
+        made = tuple(
+            resize(view, self._config.size) for view in (layers.composite(rgba, private), layers.public_view(rgba))
+        )
+        if self._config.cache:
+            self._memory[number] = made
+        return made
+
+    def batch(self, records: Sequence[tuple[int, ...] | None], clips: int) -> Views:
+        """Views of records, each a tuple of at most `clips` clip numbers, or None for a padding row."""
+        config, rows = self._config, len(records)
+        shape = (rows, clips, config.frames, config.size, config.size, 3)
+        made = Views(
+            np.zeros(shape, np.uint8),
+            np.zeros(shape, np.uint8),
+            np.zeros((rows, clips), np.int32),
+            np.zeros((rows, clips), np.float32),
+            np.array([record is None for record in records], bool),
+        )
+        for row, record in enumerate(records):
+            for place, number in enumerate(record or ()):
+                made.composite[row, place], made.public[row, place] = self.views(number)
+                made.label[row, place] = self.keys[number].label
+                made.weight[row, place] = 1 / len(record)
+        return made
+
+
+def spaced(length: int, count: int) -> list[int]:
+    """`count` frame indices spaced evenly over a clip of `length`, its first and last included."""
+    return np.linspace(0, length - 1, count).round().astype(int).tolist()
+
+
+def resize(frames: UInt8[np.ndarray, "t h w 3"], size: int) -> UInt8[np.ndarray, "t s s 3"]:
+    """Every frame as a square of side `size`, by area."""
+    return np.stack([cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA) for frame in frames])
+
+
+def units(keys: Sequence[Keys], privacy: PrivacyConfig) -> list[tuple[int, ...]]:
+    """The records: for each unit the numbers of the clips it contributes.
+
+    Guarantees:
+        Every clip is in at most one record, and with `subject` every clip of one person is in one and the same record
+        or in none: clips of several people whose records differ are left out. Which clips count, and which are left
+        out beyond `clips_per_record`, follows from a hash of the ids alone and never from a pixel.
+
+    Raises:
+        UserError: the unit is `subject` and a clip names nobody.
+    """
+    order = sorted(range(len(keys)), key=lambda n: _hash(keys[n].clip_id))
+    if privacy.unit == "subject":
+        groups = _by_subject(keys, sorted(order, key=lambda n: len(keys[n].subject_ids)))
+    else:
+        groups = {}
+        for number in order:
+            groups.setdefault(getattr(keys[number], f"{privacy.unit}_id"), []).append(number)
+    most = privacy.clips_per_record or None
+    return [tuple(sorted(numbers[:most])) for _, numbers in sorted(groups.items(), key=lambda item: str(item[0]))]
+
+
+def _by_subject(keys: Sequence[Keys], order: Sequence[int]) -> dict[Any, list[int]]:
+    """Clips of one person found their records; clips of several join one only if nobody in them has another."""
+    owner: dict[str, tuple[str, ...]] = {}
+    groups: dict[Any, list[int]] = {}
+    for number in order:
+        people = tuple(sorted(set(keys[number].subject_ids)))
+        if not people:
+            raise UserError(f"clip {keys[number].clip_id}: names no subject, which privacy.unit subject needs")
+        if not any(person in owner for person in people):
+            owner |= dict.fromkeys(people, people)
+        records = {owner.get(person) for person in people}
+        if len(records) == 1 and None not in records:
+            groups.setdefault(records.pop(), []).append(number)
+    return groups
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def contributions(keys: Sequence[Keys], records: Sequence[tuple[int, ...]]) -> dict[str, int]:
+    """Most records one person, one place and one video have: how far ε for one record is from ε for them."""
+    tally: dict[str, Counter] = {"person": Counter(), "place": Counter(), "video": Counter()}
+    for record in records:
+        tally["person"].update({person for number in record for person in keys[number].subject_ids})
+        tally["place"].update({keys[number].scene_id for number in record})
+        tally["video"].update({keys[number].video_id for number in record})
+    return {name: max(count.values(), default=0) for name, count in tally.items()}
+
+
+def stream(load: Callable[[int], Any], start: int, stop: int, threads: int) -> Iterator[Any]:
+    """`load(start)` … `load(stop - 1)`, read ahead by grain's threads; a run resumes by its `start`."""
+    steps = grain.MapDataset.range(start, stop).map(functools.partial(_loaded, load))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return iter(steps.to_iter_dataset(options))
+
+
+def _loaded(load: Callable[[int], Any], step: int) -> Any:
+    return load(int(step))

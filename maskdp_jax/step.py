@@ -1,0 +1,150 @@
+"""The training step on a device mesh: clip locally, one sum over devices, noise once."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Key
+
+from maskdp_jax import parallel
+from maskdp_jax.clipping import clipped_sum
+from maskdp_jax.config import TrainConfig
+from maskdp_jax.data import Views
+from maskdp_jax.mechanism import Mechanism
+from maskdp_jax.model import Params
+from maskdp_jax.noise import add_noise
+from maskdp_jax.objectives import Objective, Weights
+from maskdp_jax.parallel import Layout
+
+
+class StepBatch(NamedTuple):
+    """The records of one step; None where the objective takes none.
+
+    Attributes:
+        noisy: S, whose terms are clipped and noised.
+        exact: the records of exact gradients: P, or S itself for `sgd`.
+    """
+
+    noisy: Views | None
+    exact: Views | None
+
+
+class State(NamedTuple):
+    """All that a checkpoint holds.
+
+    Attributes:
+        step: steps done.
+        weights: the model.
+        average: mean of W over the second half of the run: free, and better than the last iterate of a convex problem.
+        noisy_optimizer, exact_optimizer: their states.
+    """
+
+    step: Array
+    weights: Weights
+    average: Params
+    noisy_optimizer: Any
+    exact_optimizer: Any
+
+
+class Optimizers(NamedTuple):
+    """Of the steps that carry noise, and of those that do not."""
+
+    noisy: optax.GradientTransformation
+    exact: optax.GradientTransformation
+
+    @classmethod
+    def from_config(cls, config: TrainConfig) -> "Optimizers":
+        """Both with a linear warm-up and a cosine to 0."""
+        optim = config.optim
+
+        def make(learning_rate: float, kind: str) -> optax.GradientTransformation:
+            warmup = min(optim.warmup_steps, optim.steps // 2)
+            schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, optim.steps)
+            return optax.adam(schedule) if kind == "adam" else optax.sgd(schedule, momentum=optim.momentum)
+
+        two_paths = config.objective.name == "maskdp"
+        return cls(
+            make(config.objective.learning_rate, "sgd" if two_paths else optim.optimizer),
+            make(optim.learning_rate, optim.optimizer),
+        )
+
+
+def start(objective: Objective, optimizers: Optimizers, theta: Params, fixed: Params) -> State:
+    """The state before the first step."""
+    weights = objective.start(theta, fixed)
+    return State(
+        jnp.zeros((), jnp.int32),
+        weights,
+        jax.tree.map(jnp.copy, weights.head),
+        optimizers.noisy.init(objective.noisy(weights)),
+        optimizers.exact.init(weights.theta),
+    )
+
+
+def make_step(
+    objective: Objective, mechanism: Mechanism, optimizers: Optimizers, layout: Layout
+) -> Callable[[State, StepBatch, Key[Array, "streams"]], tuple[State, dict[str, Array], Array]]:
+    """Compiles `step(state, batch, noise_key) -> (state, metrics, norms of the records' terms)`.
+
+    Guarantees:
+        Per step and device: `clipped_sum` of the local terms, one sum over devices, then noise of standard deviation
+        `mechanism.noise_stddev` once on the global sum, from the same key everywhere, then division by the public
+        constant `mechanism.divisor`. Whatever the devices, the noise is the same to the bit; sums differ by rounding.
+        Rows of padding add exactly 0, an empty batch is noise alone. The norms are not private; they are for tests.
+
+    References:
+        Docs: `docs/privacy.md`; `Mechanism` states what the released states cost.
+    """
+    exact_divisor = mechanism.divisor if objective.name == "sgd" else mechanism.public_divisor
+
+    def noisy_gradient(weights: Weights, batch: Views, key: Array) -> tuple[Params, Array]:
+        total, norms = clipped_sum(
+            lambda noisy, record: objective.term(noisy, weights, record),
+            parallel.varying(objective.noisy(weights)),
+            batch,
+            l2_clip_norm=mechanism.l2_clip_norm,
+            is_padding=batch.padding | objective.unchanged(batch),
+            microbatch_size=layout.microbatch(len(batch.padding)),
+        )
+        total = add_noise(jax.lax.psum(total, parallel.AXIS), key, mechanism.noise_stddev)
+        return jax.tree.map(lambda g: g / mechanism.divisor, total), norms
+
+    def exact_gradient(weights: Weights, batch: Views) -> tuple[Array, Params]:
+        total = objective.exact(parallel.varying(weights.theta), weights.fixed, batch)
+        return jax.tree.map(lambda g: g / exact_divisor, jax.lax.psum(total, parallel.AXIS))
+
+    def noisy_update(state: State, gradient: Params) -> State:
+        weights = state.weights
+        updates, optimizer = optimizers.noisy.update(gradient, state.noisy_optimizer, objective.noisy(weights))
+        moved = optax.apply_updates(objective.noisy(weights), updates)
+        weights = weights._replace(head=moved) if objective.two_paths else weights._replace(theta=moved)
+        return state._replace(weights=weights, noisy_optimizer=optimizer)
+
+    def exact_update(state: State, gradient: Params) -> State:
+        updates, optimizer = optimizers.exact.update(gradient, state.exact_optimizer, state.weights.theta)
+        theta = optax.apply_updates(state.weights.theta, updates)
+        return state._replace(weights=state.weights._replace(theta=theta), exact_optimizer=optimizer)
+
+    def step(state: State, batch: StepBatch, key: Array) -> tuple[State, dict[str, Array], Array]:
+        metrics, norms = {}, jnp.zeros(1)
+        if batch.noisy is not None:
+            gradient, norms = noisy_gradient(state.weights, batch.noisy, key)
+            if objective.name == "maskdp_residual":
+                metrics["loss"], public = exact_gradient(state.weights, batch.exact)
+                gradient = jax.tree.map(jnp.add, gradient, public)
+            state = noisy_update(state, gradient)
+        if batch.exact is not None and objective.name != "maskdp_residual":
+            metrics["loss"], gradient = exact_gradient(state.weights, batch.exact)
+            state = exact_update(state, gradient)
+        return _finished(state, mechanism.steps), metrics, norms
+
+    return layout.mapped(step)
+
+
+def _finished(state: State, steps: int) -> State:
+    """Counts the step and, in the second half, takes W into the average."""
+    count = jnp.maximum(state.step - steps // 2, 0) + 1
+    average = jax.tree.map(lambda mean, w: mean + (w - mean) / count, state.average, state.weights.head)
+    return state._replace(step=state.step + 1, average=average)
