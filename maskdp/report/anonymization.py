@@ -2,18 +2,38 @@
 
 import json
 import pathlib
+import re
 import statistics
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from maskdp.errors import UserError
+
 MANIFEST = "manifest.jsonl"
+
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_FOLDER = re.compile(r"(?:[A-Za-z]:\\|/)\S*[/\\]")
 
 
 def read(folder: pathlib.Path) -> list[dict[str, Any]]:
     """The records of `manifest.jsonl` in `folder`; none where there is no such file."""
     path = folder / MANIFEST
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+    if not path.exists():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def reasons(refused: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
+    """Why clips were not written, most frequent first; those that differ in figures alone are one; no folders."""
+    alike: dict[str, list[str]] = {}
+    for record in refused:
+        reason = _FOLDER.sub("", record.get("reason") or "no reason recorded")
+        alike.setdefault(_NUMBER.sub("…", reason), []).append(reason)
+    named = [(pattern if len(set(texts)) > 1 else texts[0], len(texts)) for pattern, texts in alike.items()]
+    return sorted(named, key=lambda item: -item[1])
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -21,19 +41,26 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     if not records:
         return None
     written = [record for record in records if record["status"] == "written"]
-    refused = [record for record in records if record["status"] != "written"]
-    frames = sum(record.get("frames", 0) for record in written)
-    without = sum(record.get("frames_without_pose", 0) for record in written)
-    overlaps = [record["silhouette_iou"] for record in written if record.get("silhouette_iou") is not None]
+    quarantined = [record for record in records if record["status"] == "quarantined"]
+    failed = [record for record in records if record["status"] not in ("written", "quarantined")]
+    frames = sum(record["frames"] for record in written)
+    overlaps = [record["iou"] for record in written if record["iou"] is not None]
     tally = [
         (len(written), "clips written"),
-        (len(refused), "quarantined"),
-        (sum(record.get("people", 0) for record in written), "people replaced"),
-        (f"{100 * without / frames:.1f} %" if frames else "–", "of frames without a pose (no avatar, person removed)"),
+        (len(quarantined), "clips quarantined"),
+        (sum(record["people"] for record in written), "people replaced"),
     ]
+    if failed:
+        tally.append((len(failed), "files that could not be read"))
+    if frames:
+        for key, text in (
+            ("frames_without_pose", "of frames with somebody removed who has no avatar"),
+            ("frames_blanked", "of frames blanked, the removal being in doubt"),
+        ):
+            tally.append((f"{100 * sum(record[key] for record in written) / frames:.1f}\N{NO-BREAK SPACE}%", text))
     if overlaps:
-        tally.append((f"{statistics.fmean(overlaps):.2f}", "mean overlap (IoU) of avatar and person"))
+        tally.append((f"{statistics.fmean(overlaps):.2f}", "mean overlap (IoU) of avatar and silhouette"))
     return {
         "tally": [{"value": value, "text": text} for value, text in tally],
-        "quarantined": Counter(str(record.get("reason") or "unknown") for record in refused).most_common(),
+        "refused": reasons([*quarantined, *failed]),
     }

@@ -21,7 +21,11 @@ IN_WORDS = {
 }
 NONE = "–"
 COLOURS = 8
-PLOTTED = (("accuracy_composite", "accuracy on the composite"), ("accuracy_public_view", "accuracy on the public view"))
+PLOTTED = (
+    ("accuracy_composite", "accuracy on the composite"),
+    ("accuracy_public_view", "accuracy on the public view"),
+    ("public_loss", "training loss on public views"),
+)
 """Logged metrics that are drawn, and their titles."""
 
 
@@ -60,13 +64,13 @@ def rows(runs: Sequence[Run]) -> list[Row]:
 
 
 def _differences(group: Sequence[Run], alike: Sequence[Sequence[Run]]) -> str:
-    """The settings in which the configurations of one objective differ, as `key=value` words."""
+    """The settings in which the configurations of one objective differ, in words; of a path its last part."""
     keys = sorted({key for other in alike for key in other[0].settings})
     missing = object()
     differing = [k for k in keys if len({str(other[0].settings.get(k, missing)) for other in alike}) > 1]
     names = {"epsilon": "ε", "delta": "δ"}
     words = [(key.rsplit(".", 1)[-1], group[0].settings.get(key)) for key in differing]
-    return ", ".join(f"{names.get(key, key)} = {value}" for key, value in words)
+    return ", ".join(f"{names.get(key, key)} = {str(value).rstrip('/').rsplit('/', 1)[-1]}" for key, value in words)
 
 
 def epsilon_of(run: Run) -> float | None:
@@ -277,7 +281,9 @@ def table_notes(table: Sequence[Row]) -> list[str]:
             "not be compared."
         )
     if any(row.epsilon is None for row in table):
-        notes.append("“no ε”: this run makes no differential-privacy claim.")
+        notes.append("“no ε”: the run makes no differential-privacy claim.")
+    if any(row.objective == "public_only" for row in table):
+        notes.append("public_only needs no ε: it never reads the scene.")
     if sum(len(row.runs) for row in table if row.epsilon) > 1:
         notes.append("Each ε is the cost of one run. Publishing several runs costs their composition, which is more.")
     return notes
@@ -287,7 +293,10 @@ def cards(table: Sequence[Row]) -> list[dict[str, Any]]:
     """The privacy cards in plain words."""
     from maskdp_jax import card
 
-    return [{"name": row.name, **card.plain_words(row.card)} for row in table]
+    return [
+        {"name": row.name, "event": row.card["event"] if row.epsilon else None, **card.plain_words(row.card)}
+        for row in table
+    ]
 
 
 def provenance(table: Sequence[Row], dataset) -> list[tuple[str, str]]:
