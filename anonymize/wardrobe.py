@@ -124,11 +124,12 @@ def draw_identity(rng: np.random.Generator) -> Identity:
 
     skirt = bool(rng.random() < 0.22)
     hair_style = rng.choice(HAIR_STYLES, p=(0.06, 0.16, 0.24, 0.14, 0.14, 0.09, 0.09, 0.08)).item()
+    tone = int(rng.integers(len(SKINS)))
     plain = (1.0, 0.0, 0.0, 0.0)
     return Identity(
         betas=tuple(np.clip(rng.normal(0, 0.8, 10), -MAX_BETA, MAX_BETA).tolist()),
-        skin=near(pick(SKINS), 0.05),
-        hair=near(pick(HAIRS), 0.15),
+        skin=near(SKINS[tone], 0.05),
+        hair=near(pick(HAIRS if tone < 3 else (*HAIRS[:3], HAIRS[-1])), 0.15),
         eyes=pick(((0.25, 0.15, 0.09), (0.33, 0.22, 0.12), (0.30, 0.42, 0.52), (0.30, 0.38, 0.26))),
         hair_style=hair_style,
         beard=bool(not skirt and hair_style in ("bald", "cropped", "short", "cap") and rng.random() < 0.35),
@@ -289,7 +290,8 @@ def _dress(figure: _Figure, who: Identity) -> tuple[list[_Layer], list[_Loose], 
         hidden |= (y > hem + 0.05) & (y < waist - 0.02) & (np.abs(x) < 0.3)
     else:
         down = np.clip((hip - y) / (hip - ankle), 0, 1)
-        wear(np.minimum(waist - y, y - hem), ease * 0.7 + 0.012 * who.ease * down, fabric)
+        straight = (0.006 + 0.016 * who.ease) * np.sqrt(down)
+        wear(np.minimum(waist - y, y - hem), 0.7 * ease + straight, fabric)
 
     # The top, and a jacket worn open over it.
     shoulder, elbow, wrist = (abs(joints[k, 0]) for k in (16, 18, 20))
@@ -297,7 +299,7 @@ def _dress(figure: _Figure, who: Identity) -> tuple[list[_Layer], list[_Loose], 
 
     def upper(sleeve, bottom, depth, radius):
         front = np.clip(z - neck[2], 0, None) / 0.08
-        plane = neck[1] + 0.022 - (0.035 + depth) * np.clip(front, 0, 1.2) + 0.5 * depth / 0.09 * np.abs(x) - y
+        plane = neck[1] + 0.030 - (0.030 + depth) * np.clip(front, 0, 1.2) + 0.5 * depth / 0.09 * np.abs(x) - y
         around = np.hypot(x, z - neck[2]) - radius
         end = np.interp(sleeve, [0, 1, 2], [shoulder, elbow, wrist])
         return np.minimum(np.minimum(np.maximum(plane, around), end - np.abs(x)), np.where(body, y - bottom, -1.0))
@@ -305,11 +307,13 @@ def _dress(figure: _Figure, who: Identity) -> tuple[list[_Layer], list[_Loose], 
     arm = np.clip((np.abs(x) - shoulder) / (wrist - shoulder), 0, 1)
     top = functools.partial(_cloth_paint, who.top)
     hem = waist - 0.03 if who.skirt else hip + 0.01
-    wear(upper(who.sleeve, hem, who.neckline, 0.085), ease + 0.003 + 0.006 * who.ease * arm, top)
+    hang = (0.006 + 0.014 * who.ease) * np.exp(-(((y - waist - 0.02) / 0.09) ** 2)) * (np.abs(x) < 0.25)
+    loosened = ease + 0.004 + 0.008 * who.ease * arm + hang
+    wear(upper(who.sleeve, hem, who.neckline, 0.072), loosened, top)
     if who.jacket:
         opening = np.where(z > neck[2] - 0.01, np.abs(x) - 0.045 - 0.10 * np.clip(y - joints[9, 1], 0, None), 1.0)
-        field = np.minimum(upper(1.93, hip - 0.02, 0.0, 0.09), opening)
-        wear(field, ease + 0.012, functools.partial(_cloth_paint, who.jacket), margin=0.03)
+        field = np.minimum(upper(1.93, hip - 0.02, 0.0, 0.078), opening)
+        wear(field, loosened + 0.008, functools.partial(_cloth_paint, who.jacket), margin=0.03)
 
     _hair(figure, who, wear, loose)
     return layers, loose, hidden
@@ -329,7 +333,8 @@ def _hair(figure: _Figure, who: Identity, wear, loose: list[_Loose]) -> None:
     rear = np.minimum(y - nape, back - 0.02 + 0.25 * np.clip(y, -1, 1))
     field = np.where(figure.head > 0.3, np.maximum(front, rear), -1.0) * figure.pupil_distance
     if who.hair_style == "cap":
-        field = np.where(figure.head > 0.3, (y - 0.5 * top) * figure.pupil_distance, -1.0)
+        wear(field, 0.004, paint)
+        field = np.where(figure.head > 0.3, (y - 0.42 * top + 0.16 * back) * figure.pupil_distance, -1.0)
         wear(field, 0.009, functools.partial(_cloth_paint, who.shoes), margin=0.02)
         loose.append(_brim(figure, who))
         return
@@ -435,7 +440,7 @@ def _curtain(figure: _Figure, length: float, paint) -> _Loose:
     eyes = figure.shaped_joints[[23, 24]].mean(0)
     head = figure.shaped[figure.head > 0.5]
     middle = (head[:, 2].min() + head[:, 2].max()) / 2
-    angles = np.linspace(np.radians(-18), np.radians(198), 40)  # around the back, 90° straight behind
+    angles = np.linspace(np.radians(-12), np.radians(192), 40)  # around the back, 90° straight behind
     direction = np.stack([np.cos(angles), -np.sin(angles)], 1)
     rings = []
     drops = np.linspace(0.055, -length, 16)
@@ -469,16 +474,18 @@ def _brim(figure: _Figure, who: Identity) -> _Loose:
     """The visor of a cap."""
     eyes = figure.shaped_joints[[23, 24]].mean(0)
     head = figure.shaped[figure.head > 0.5]
-    level = eyes[1] + 0.47 * (figure.crown - figure.eyes[1])
+    level = eyes[1] + 0.36 * (figure.crown - figure.eyes[1])
     slab = head[np.abs(head[:, 1] - level) < 0.02]
-    angles = np.linspace(np.radians(25), np.radians(155), 24)
+    angles = np.linspace(np.radians(35), np.radians(145), 24)
     direction = np.stack([np.cos(angles), np.sin(angles)], 1)
     middle = (head[:, 2].min() + head[:, 2].max()) / 2
     reach = ((slab[:, [0, 2]] - [0, middle]) @ direction.T).max(0)
     rings = []
-    for out in (0.0, 0.02, 0.04, 0.06):
-        ring = (reach + out * np.sin(angles) ** 0.7)[:, None] * direction
-        rings.append(np.stack([ring[:, 0], np.full(len(angles), level + 0.012 - 0.25 * out), ring[:, 1] + middle], 1))
+    ends = np.sqrt(np.clip(1 - (np.cos(angles) / np.cos(angles[0])) ** 2, 0, 1))
+    for out in (-0.01, 0.015, 0.035, 0.055):
+        ring = (reach + 0.004 + out * ends)[:, None] * direction
+        drop = level - 0.30 * out - 0.012 * np.cos(angles) ** 2
+        rings.append(np.stack([ring[:, 0], drop, ring[:, 1] + middle], 1))
     rings = np.stack(rings)
     weights = np.zeros((rings.shape[0] * rings.shape[1], figure.weights.shape[1]))
     weights[:, 15] = 1
@@ -507,13 +514,13 @@ def _mix(under: np.ndarray, over, amount: np.ndarray) -> np.ndarray:
 def _skin_paint(figure: _Figure, who: Identity, points: np.ndarray) -> np.ndarray:
     colour = np.broadcast_to(who.skin, points.shape)
     x, y, z = ((points - figure.eyes) / figure.pupil_distance).T
-    face = _ramp(z - (figure.skull - figure.eyes[2]) / figure.pupil_distance - 0.25, 0.1) * _ramp(1.35 - np.abs(y), 0.1)
+    face = _ramp(z - (figure.skull - figure.eyes[2]) / figure.pupil_distance - 0.25, 0.1) * _ramp(1.9 - np.abs(y), 0.1)
     side = np.abs(x)
     warm = np.multiply(who.skin, (1.02, 0.84, 0.82))
     colour = _mix(colour, warm, 0.6 * face * _ramp(0.55 - np.hypot(side - 0.55, y + 0.62), 0.45))
     if who.beard:
-        jaw = _ramp(-0.62 - y - 0.25 * np.clip(0.6 - side, 0, None) + 0.35 * side, 0.12) * _ramp(y + 2.0, 0.1)
-        colour = _mix(colour, np.multiply(who.hair, 0.9), 0.85 * face * jaw)
+        jaw = _ramp(-0.78 - y + 0.30 * side, 0.18) * _ramp(y + 1.95, 0.25)
+        colour = _mix(colour, np.multiply(who.hair, 0.8), 0.75 * face * jaw)
     # Lips, brows, eyes: white, iris, pupil, lash line.
     mouth = np.abs(x) / 0.40
     lips = _ramp(0.095 * (1 - mouth**2) - np.abs(y + 1.08), 0.03)
@@ -532,20 +539,21 @@ def _skin_paint(figure: _Figure, who: Identity, points: np.ndarray) -> np.ndarra
         np.multiply(who.hair, 0.85) if who.hair_style != "bald" else np.multiply(who.skin, 0.45),
         0.9 * face * brow,
     )
-    u, v = (side - 0.5) / 0.235, y / 0.115
+    u, v = (side - 0.5) / 0.225, (y + 0.01) / 0.095
     lid = 1 - u * u
     white = _ramp(lid - np.abs(v), 0.12)
     colour = _mix(colour, np.multiply(who.skin, 0.30), face * _ramp(lid + 0.28 - np.abs(v), 0.1) * _ramp(v + 0.1, 0.5))
-    colour = _mix(colour, (0.93, 0.92, 0.90), face * white)
+    colour = _mix(colour, (0.86, 0.85, 0.83), face * white)
     iris = np.hypot(side - 0.5, y)
-    colour = _mix(colour, who.eyes, face * white * _ramp(0.105 - iris, 0.02))
+    colour = _mix(colour, who.eyes, face * white * _ramp(0.100 - iris, 0.02))
     return _mix(colour, (0.03, 0.03, 0.03), face * white * _ramp(0.05 - iris, 0.02))
 
 
 def _hair_paint(figure: _Figure, who: Identity, points: np.ndarray) -> np.ndarray:
     x, y, z = (points - figure.eyes).T
-    strand = np.sin(420 * x + 60 * np.sin(9 * y)) * 0.5 + np.sin(330 * z + 40 * y) * 0.5
-    return np.asarray(who.hair) * (1 + 0.10 * strand[:, None])
+    turn = np.arctan2(x, z - figure.skull + figure.eyes[2])  # strands fall from the crown
+    strand = np.sin(46 * turn + 3 * np.sin(35 * y)) + np.sin(79 * turn + 4 * np.sin(23 * y + 1))
+    return np.asarray(who.hair) * (1 + 0.09 * strand[:, None])
 
 
 def _shoe_paint(figure: _Figure, cloth: Cloth):
@@ -572,8 +580,8 @@ def _cloth_paint(cloth: Cloth, points: np.ndarray) -> np.ndarray:
         second = _ramp(-badge, 0.004) * (z > 0)[:, None]
     else:
         second = np.zeros((len(points), 1))
-    fold = np.sin(31 * along + 9 * np.sin(17 * around)) * np.sin(23 * around + 13 * z + 5 * np.sin(11 * along))
-    return _mix(np.broadcast_to(cloth.colour, points.shape), cloth.second, second) * (1 + 0.05 * fold[:, None])
+    fold = np.sin(19 * along + 2.5 * np.sin(14 * around + 9 * z)) * np.sin(11 * around + 16 * z + 2 * np.sin(9 * along))
+    return _mix(np.broadcast_to(cloth.colour, points.shape), cloth.second, second) * (1 + 0.06 * fold[:, None])
 
 
 def _plain_normals(points: np.ndarray, faces: np.ndarray) -> np.ndarray:
