@@ -637,6 +637,8 @@ PUBLIC_ACTIONS: dict[str, Action] = dict(list(ACTIONS.items())[10:])
 """The others, for what may be learnt in public."""
 SEATED = frozenset({"sit_down", "stand_up"})
 """The actions that need a seat where the pelvis is lowest."""
+TRAVELLING = frozenset({"walk", "jog"})
+"""The actions that leave the spot."""
 
 
 def stand(rng: np.random.Generator, frames: int, fps: float) -> Pose:
@@ -680,6 +682,32 @@ def turn(pose: Pose, angle: float) -> Pose:
 def move(pose: Pose, offset) -> Pose:
     """The pose moved by `offset` (3,) metres."""
     return dataclasses.replace(pose, transl=pose.transl + np.asarray(offset))
+
+
+def join(first: Pose, second: Pose, overlap: int) -> Pose:
+    """`second` after `first`, with `overlap` frames blended: len(first) + len(second) - overlap frames.
+
+    `first` is moved along the floor so that it ends where `second` begins; blended frames keep a foot on the floor.
+    """
+    gap = (pelvis(second)[0] - pelvis(first)[-1]) * [1, 0, 1]
+    first = move(first, gap)
+    weight = (np.arange(overlap) + 1) / (overlap + 1)
+    blended = {}
+    for name in Pose.WIDTHS:
+        a, b = getattr(first, name), getattr(second, name)
+        end, start = a[len(a) - overlap :], b[:overlap]
+        if name == "transl":
+            middle = end + weight[:, None] * (start - end)
+        else:
+            share = np.repeat(weight, a.shape[1] // 3)[:, None]
+            begin = Rotation.from_rotvec(end.reshape(-1, 3))
+            turned = (begin.inv() * Rotation.from_rotvec(start.reshape(-1, 3))).as_rotvec()
+            middle = (begin * Rotation.from_rotvec(share * turned)).as_rotvec().reshape(overlap, -1)
+        blended[name] = np.concatenate([a[: len(a) - overlap], middle, b[overlap:]])
+    pose = Pose(**blended)
+    height = lowest(pose, _standard_body(), np.zeros(10))
+    height[: len(first) - overlap] = height[len(first) :] = 0
+    return move(pose, -height[:, None] * [0, 1, 0])
 
 
 def fit_to_body(pose: Pose, body: Body, betas) -> Pose:

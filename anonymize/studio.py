@@ -59,6 +59,7 @@ class StudioConfig:
         frames, fps, size: frames of a video, frames a second, side of the square picture in pixels.
         scene_correlation: probability that an action is filmed in a room of its own kind rather than in any.
         second_person: probability that someone else stands in the picture.
+        passing: probability that the actor walks up first, or off at the end, so that all of the room is seen.
         test_fraction: share of the videos in the split `test`.
         disjoint_subjects: whether nobody is in both splits.
         seed: everything follows from it.
@@ -76,6 +77,7 @@ class StudioConfig:
     size: int = 112
     scene_correlation: float = 0.7
     second_person: float = 0.1
+    passing: float = 0.3
     test_fraction: float = 0.25
     disjoint_subjects: bool = True
     seed: int = 0
@@ -84,7 +86,7 @@ class StudioConfig:
     def __post_init__(self):
         configuration.one_of(self, "actions", ACTIONS)
         configuration.positive(self, "videos", "identities", "rooms", "frames", "fps")
-        for name in ("scene_correlation", "second_person", "test_fraction"):
+        for name in ("scene_correlation", "second_person", "passing", "test_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"StudioConfig.{name}: {getattr(self, name)!r}, expected a number from 0 to 1")
         if self.size < 32 or self.size % 2:
@@ -201,13 +203,14 @@ def film(config: StudioConfig, take: Take) -> Film:
     rng = np.random.default_rng([config.seed, int(take.video_id.rsplit("-", 1)[1]), 2])
     room = _room(config.seed, take.room)
     avatars = [_avatar(config.seed, subject) for subject in take.subjects]
-    timing = config.frames, config.fps
-    pose = motions.ACTIONS[take.action](rng, *timing)
+    pose = _performed(take.action, rng, config)
     poses = [_staged(pose, avatars[0], room, rng, seated=take.action in motions.SEATED)]
     for avatar in avatars[1:]:
         aside = rng.choice([-1, 1]) * rng.uniform(0.7, 1.1)
         actor = motions.pelvis(poses[0]).mean(0)
-        bystander = motions.move(motions.stand(rng, *timing), [actor[0] + aside, 0, max(-0.6, actor[2] - 0.6)])
+        bystander = motions.move(
+            motions.stand(rng, config.frames, config.fps), [actor[0] + aside, 0, max(-0.6, actor[2] - 0.6)]
+        )
         poses.append(motions.fit_to_body(bystander, _body(), avatar.betas))
     meshes = [avatar.mesh(pose) for avatar, pose in zip(avatars, poses)]
     camera = _aimed(meshes[0].vertices[:, ::16].reshape(-1, 3), rng, config.size)
@@ -222,6 +225,21 @@ def film(config: StudioConfig, take: Take) -> Film:
     return Film(
         rgba, empty, _noisy(frames, rng), masks, tuple(poses), tuple(avatar.betas.numpy() for avatar in avatars), camera
     )
+
+
+def _performed(action: str, rng: np.random.Generator, config: StudioConfig) -> Pose:
+    """The action; some actors walk up before it, others walk off after it, for a third of the time."""
+    passing, before = rng.uniform() < config.passing, rng.uniform() < 0.5
+    if action in motions.SEATED:
+        before = action == "sit_down"
+    walked = config.frames // 3
+    if not passing or walked < 3 or action in motions.TRAVELLING:
+        return motions.ACTIONS[action](rng, config.frames, config.fps)
+    overlap = max(1, round(0.2 * config.fps))
+    walks = [motions.ACTIONS["walk"](rng, walked, config.fps) for _ in range(3)]
+    walk = max(walks, key=lambda pose: np.ptp(motions.pelvis(pose)[:, 0]))  # most across the picture
+    act = motions.ACTIONS[action](rng, config.frames - walked + overlap, config.fps)
+    return motions.join(walk, act, overlap) if before else motions.join(act, walk, overlap)
 
 
 def _staged(pose: Pose, avatar: Avatar, room: rooms.Room, rng: np.random.Generator, seated: bool) -> Pose:
@@ -335,7 +353,9 @@ def generate(config: StudioConfig) -> pathlib.Path:
         with progress.bar("studio", len(takes), "clip") as advance:
             splits = {name: _layered(config, takes, name, labels, advance) for name in ("train", "test")}
             present = {take.split for take in takes}
-            return layers.write_dataset(out, {name: clips for name, clips in splits.items() if name in present}, labels)
+            kept = {name: clips for name, clips in splits.items() if name in present}
+            notes = {"studio": configuration.resolved(dataclasses.replace(config, out=""))}
+            return layers.write_dataset(out, kept, labels, notes=notes)
     with progress.bar("studio", len(takes), "video") as advance:
         for take in takes:
             path, truth = out / "videos" / f"{take.video_id}.mp4", out / "truth" / f"{take.video_id}.npz"

@@ -94,3 +94,14 @@ def test_any_body_stands_on_the_floor(stature, body):
         wanted = motions.lowest(pose, body, np.zeros(10)) * legs[0] / legs[1]
         np.testing.assert_allclose(motions.lowest(fitted, body, betas), wanted, atol=1e-5)
         np.testing.assert_array_equal(fitted.body_pose, pose.body_pose)
+
+
+def test_join_meets_and_stays_on_the_floor(body):
+    rng = np.random.default_rng(0)
+    walk, wave = motions.ACTIONS["walk"](rng, 8, 8.0), motions.ACTIONS["wave"](rng, 10, 8.0)
+    joined = motions.join(walk, wave, 2)
+    assert len(joined) == 16
+    np.testing.assert_array_equal(joined.body_pose[:6], walk.body_pose[:6])
+    np.testing.assert_array_equal(joined.body_pose[8:], wave.body_pose[2:])
+    assert np.abs(motions.lowest(joined, body, np.zeros(10))).max() < 2e-3
+    assert np.linalg.norm(np.diff(motions.pelvis(joined), axis=0), axis=1).max() * 8 < 2  # m/s
