@@ -140,10 +140,10 @@ def test_no_trace_of_the_machine(html, folder):
 
 def test_configurations_that_differ_in_a_path_are_told_apart_without_it(tmp_path):
     for name in ("a", "b"):
-        write_run(tmp_path / name, "maskdp", epsilon=0.5, folder=f"/home/ann/{name}")
+        write_run(tmp_path / name, "maskdp", epsilon=0.5, base=f"/home/ann/{name}")
     html = report.render([runs.load(tmp_path / name) for name in ("a", "b")])
-    assert [row[0] for row in cells(html, 0)] == ["maskdp, folder = a", "maskdp, folder = b"]
-    assert "ann" not in html
+    assert [row[0] for row in cells(html, 0)] == ["maskdp, base = a", "maskdp, base = b"]
+    assert "/home" not in html
 
 
 def test_every_figure_equals_the_files(html, folder):

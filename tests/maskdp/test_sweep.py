@@ -1,8 +1,15 @@
 """The sweep: a grid is the Cartesian product; what is done is never run twice, what failed is, a killed one goes on."""
 
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
 import pytest
 
-from maskdp import sweep
+from maskdp import layers, sweep
 from maskdp.errors import UserError
 
 
@@ -48,3 +55,99 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, text, named):
     with pytest.raises(UserError, match=named) as caught:
         sweep.main(["--config_path", "sweep.yaml"])
     assert "\n" not in str(caught.value)
+
+
+BASE = """
+data: {{path: {data}, frames: 2, size: 16}}
+model: {{type: vit, width: 8, depth: 1, heads: 1, tubelet: [2, 8, 8]}}
+objective: {{type: public_only}}
+optim: {{steps: 3, batch: 2, public_batch: 2}}
+"""
+
+
+def write_sweep(folder, seeds):
+    (folder / "base.yaml").write_text(BASE.format(data=folder / "data"))
+    (folder / "sweep.yaml").write_text(
+        f"base: {folder / 'base.yaml'}\nout: {folder / 'out'}\ngrid: {{seed: {seeds}}}\n"
+    )
+    return [sys.executable, "-m", "maskdp", "sweep", "--config_path", str(folder / "sweep.yaml")]
+
+
+def write_data(folder):
+    rng = np.random.default_rng(0)
+
+    def clip(index):
+        rgba = rng.integers(1, 256, (2, 16, 16, 4), np.uint8)
+        private = rng.integers(0, 256, (2, 16, 16, 3), np.uint8)
+        return layers.TwoLayerClip(rgba, private, index % 2, f"v{index}-0", f"v{index}", "room", ("ann",), "0", 8.0)
+
+    layers.write_dataset(folder, {"train": [clip(i) for i in range(4)], "test": [clip(9)]}, ["wave", "clap"])
+
+
+def manifest(folder):
+    path = folder / "out" / sweep.MANIFEST
+    return json.loads(path.read_text())["runs"] if path.exists() else {}
+
+
+def test_a_failed_run_is_one_line_and_exit_1(tmp_path):
+    command = write_sweep(tmp_path, [0])
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 1
+    failed = [line for line in finished.stderr.splitlines() if "failed: " in line]
+    assert len(failed) == 1
+    assert "not a two-layer dataset" in failed[0]
+    assert [run["state"] for run in manifest(tmp_path).values()] == ["failed"]
+    assert not (tmp_path / "out" / sweep.SUMMARY).exists()
+
+
+def test_another_base_config_is_refused(tmp_path):
+    write_sweep(tmp_path, [0])
+    sweep.Manifest(tmp_path, tmp_path / "base.yaml").update("a", state="done")
+    (tmp_path / "base.yaml").write_text("seed: 7\n")
+    with pytest.raises(UserError, match="another base config"):
+        sweep.Manifest(tmp_path, tmp_path / "base.yaml")
+
+
+def test_two_sweeps_in_one_folder_are_refused(tmp_path):
+    with sweep._alone(tmp_path), pytest.raises(UserError, match="another sweep is at work"), sweep._alone(tmp_path):
+        pass
+
+
+@pytest.mark.slow
+def test_failed_runs_are_retried_and_a_killed_sweep_goes_on(tmp_path):
+    command = write_sweep(tmp_path, [0, 1])
+    assert subprocess.run(command, timeout=300).returncode == 1
+    assert [run["state"] for run in manifest(tmp_path).values()] == ["failed", "failed"]
+    write_data(tmp_path / "data")
+
+    killed = subprocess.Popen(command)
+    while not any(run["state"] == "done" for run in manifest(tmp_path).values()):
+        assert killed.poll() is None
+        time.sleep(0.2)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    time.sleep(1)
+    assert not at_work(tmp_path)  # its training died with it
+    (first,) = (name for name, run in manifest(tmp_path).items() if run["state"] == "done")
+    result = tmp_path / "out" / "runs" / first / "result.json"
+    before = result.stat()
+
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0
+    assert "1 of 2 runs were done before" in finished.stderr
+    assert result.stat().st_mtime_ns == before.st_mtime_ns
+    (configuration,) = json.loads((tmp_path / "out" / sweep.SUMMARY).read_text())["configurations"]
+    values = [
+        json.loads((tmp_path / "out" / "runs" / name / "result.json").read_text())["accuracy"]["composite"]
+        for name in manifest(tmp_path)
+    ]
+    assert len(values) == configuration["runs"] == 2
+    assert configuration["composite"]["mean"] == pytest.approx(np.mean(values))
+    assert configuration["composite"]["sd"] == pytest.approx(np.std(values, ddof=1))
+    assert configuration["epsilon"] is None
+
+
+def at_work(folder):
+    """Processes whose command line names the folder."""
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in listed.splitlines() if str(folder) in line and "maskdp" in line]
