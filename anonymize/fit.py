@@ -25,7 +25,7 @@ from anonymize.pose_library import BODY_JOINTS, KEYPOINTS, Found, PoseLibrary
 from anonymize.render import silhouette
 from maskdp import config as settings
 
-_LIBRARY_POINTS, _POINTS = 1500, 400
+_LIBRARY_POINTS, _POINTS = 1200, 400
 _TARGETS = 160  # pixels of a silhouette that must have a surface point near
 _NOSE = 55  # in BodyMesh.joints
 
@@ -187,9 +187,11 @@ def _refine(
         pixels = camera.project(points + transl[:, None])
         grid = (2 * pixels / size - 1).clamp(-1, 1)
         off = F.grid_sample(outside, grid[:, :, None], align_corners=False, padding_mode="border")[:, 0, :, 0] / extent
-        nearest = torch.cdist(targets, pixels).amin(2) / extent
+        with torch.no_grad():
+            nearest = torch.cdist(targets, pixels).argmin(2, keepdim=True).expand(-1, -1, 2)
+        gap = (targets - pixels.gather(1, nearest)).square().sum(2) / extent.square()
         loss = 4 * off.mean(1).sum() + 40 * off.square().mean(1).sum()
-        loss = loss + 4 * nearest.mean(1).sum() + 40 * nearest.square().mean(1).sum()
+        loss = loss + 4 * (gap + 1e-8).sqrt().mean(1).sum() + 40 * gap.mean(1).sum()
         if joints is not None:
             keypoints = torch.cat([nose[:, None], body_joints[:, KEYPOINTS]], 1) + transl[:, None]
             error = ((camera.project(keypoints) - joints) / extent[..., None]).square().sum(2)

@@ -1,6 +1,7 @@
 """A library of random plausible poses, searched by silhouette: where the fit of a person's pose begins."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import cv2
@@ -18,7 +19,7 @@ KEYPOINTS = (12, 16, 17, 18, 19, 20, 21, 1, 2, 4, 5, 7, 8)
 
 _SEED = 7
 _SIDE, _MARGIN = 32, 1.0  # of the canvas on which silhouettes are compared, pixels
-_IN_VIEW = (1.0, 0.72, 0.55, 0.42, 0.3)  # share of the height in view, where the picture's lower edge cuts the person
+_IN_VIEW = (0.72, 0.55, 0.42, 0.3)  # share of the height in view, where the picture's lower edge cuts the person
 _CANDIDATES = 24  # poses kept a frame
 _EDGE = 2  # pixels; a mask this near to the picture's edge is taken to be cut by it
 
@@ -126,8 +127,13 @@ class PoseLibrary:
         parts = [body(angles) for angles in self.angles.split(500)]
         points, self.joints, nose = (torch.cat(part) for part in zip(*parts))
         flip = torch.tensor([1.0, -1.0])
-        keypoints = torch.cat([nose[:, None], self.joints[:, KEYPOINTS]], 1)[..., :2] * flip
-        self._views = [_view(points[..., :2] * flip, keypoints, share) for share in _IN_VIEW]
+        self._points = points[..., :2] * flip
+        self._keypoints = torch.cat([nose[:, None], self.joints[:, KEYPOINTS]], 1)[..., :2] * flip
+        self._whole = _view(self._points, self._keypoints, 1.0)
+
+    @functools.cached_property
+    def _cut(self) -> list[_View]:
+        return [_view(self._points, self._keypoints, share) for share in _IN_VIEW]
 
     @torch.no_grad()
     def search(self, masks: np.ndarray, joints: np.ndarray | None, camera: Camera) -> Found:
@@ -141,7 +147,7 @@ class PoseLibrary:
         extent = torch.from_numpy(boxes[:, 2:].max(1))
         shapes = torch.stack([_normalised_mask(mask, *box) for mask, box in zip(masks, zip(centre, extent))])
         cut = boxes[:, 1] + boxes[:, 3] >= camera.height - _EDGE
-        views = self._views if cut.any() else self._views[:1]
+        views = [self._whole, *self._cut] if cut.any() else [self._whole]
         costs = []
         for index, view in enumerate(views):
             inside = shapes @ view.shapes.T
