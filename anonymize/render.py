@@ -76,7 +76,7 @@ def render(meshes: Sequence[Mesh], frame: int, camera: Camera, samples: int = 2)
     y, x = sample // (width * samples), sample % (width * samples)
     corner = corners.index_select(0, winner)
     weights = _weights(xy, inverse, corner, x, y)
-    light = torch.cat([_light(mesh.vertices[frame], mesh.faces, camera) for mesh in meshes])
+    light = torch.cat([_light(mesh.vertices[frame], mesh.faces[kept], camera) for mesh, kept in zip(meshes, shown)])
     ends = torch.tensor([len(kept) for kept in shown], device=xy.device).cumsum(0)
     mesh_of = torch.bucketize(winner, ends, right=True)
     colour = torch.empty(len(sample), 3, device=xy.device)
@@ -130,8 +130,11 @@ def vertex_normals(vertices: torch.Tensor, faces: torch.Tensor) -> torch.Tensor:
 
 def _project(vertices: torch.Tensor, camera: Camera, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample coordinates (V, 2) and inverse depths (V,), 0 for what is nearer than `NEAR` or behind the camera."""
-    z = camera.to_camera(vertices)[:, 2]
-    return camera.project(vertices) * samples, torch.where(z > NEAR, 1 / z, 0.0)
+    x, y, z = camera.to_camera(vertices).unbind(1)
+    inverse = torch.where(z > NEAR, 1 / z, 0.0)
+    scale = camera.focal * samples * inverse
+    centre = camera.width * samples / 2, camera.height * samples / 2
+    return torch.stack([x * scale + centre[0], y * scale + centre[1]], 1), inverse
 
 
 def _facing(xy: torch.Tensor, inverse: torch.Tensor, faces: torch.Tensor) -> torch.Tensor:
@@ -246,5 +249,7 @@ def _colour(mesh: Mesh, face: torch.Tensor, weights: torch.Tensor) -> torch.Tens
         corner = mesh.faces.index_select(0, face).view(-1)
         return (mesh.colours.index_select(0, corner).view(-1, 3, 3) * weights[..., None]).sum(1)
     side = mesh.colours.shape[1]
-    i, j = (weights[:, 1:] * side).long().clamp_(max=side - 1).unbind(1)
+    i, j = (weights[:, 1:] * side).long().unbind(1)
+    i = i.clamp_(max=side - 1)
+    j = torch.minimum(j, side - 1 - i)  # a sample on the far side of a face stays within it
     return mesh.colours.view(-1, 3).index_select(0, (face * side + i) * side + j)

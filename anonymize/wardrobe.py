@@ -494,11 +494,12 @@ def _brim(figure: _Figure, who: Identity) -> _Loose:
 
 def _paint(points: np.ndarray, faces: np.ndarray, paint) -> np.ndarray:
     """Mesh colours (F, R, R, 3) of `paint`, a function from points (N, 3) in the canonical rest pose to colours."""
-    cell = (np.arange(_CELLS) + 0.5) / _CELLS
-    b, c = np.meshgrid(cell, cell, indexing="ij")
-    weights = np.stack([1 - b - c, b, c], -1)
-    where = np.einsum("ijk,fkc->fijc", weights, points[faces])
-    return np.clip(paint(where.reshape(-1, 3)), 0, 1).reshape(*where.shape).astype(np.float32)
+    i, j = np.nonzero(np.add.outer(np.arange(_CELLS), np.arange(_CELLS)) < _CELLS)  # the others lie outside the face
+    second, third = (i + 0.5) / _CELLS, (j + 0.5) / _CELLS
+    where = np.einsum("nk,fkc->fnc", np.stack([1 - second - third, second, third], 1), points[faces])
+    colours = np.zeros((len(faces), _CELLS, _CELLS, 3), np.float32)
+    colours[:, i, j] = np.clip(paint(where.reshape(-1, 3)), 0, 1).reshape(where.shape)
+    return colours
 
 
 def _ramp(value: np.ndarray, width: float) -> np.ndarray:
