@@ -16,6 +16,8 @@ Params = dict[str, Array]
 
 HEAD = "head."
 
+_INIT = {"kernel_init": nnx.initializers.xavier_uniform()}
+
 
 class Block(nnx.Module):
     """Pre-norm transformer block."""
@@ -23,10 +25,10 @@ class Block(nnx.Module):
     def __init__(self, config: ViTConfig, rngs: nnx.Rngs):
         width = config.width
         self.norm_attention = nnx.LayerNorm(width, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(config.heads, width, decode=False, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(config.heads, width, decode=False, rngs=rngs, **_INIT)
         self.norm_mlp = nnx.LayerNorm(width, rngs=rngs)
-        self.mlp_in = nnx.Linear(width, config.mlp_ratio * width, rngs=rngs)
-        self.mlp_out = nnx.Linear(config.mlp_ratio * width, width, rngs=rngs)
+        self.mlp_in = nnx.Linear(width, config.mlp_ratio * width, rngs=rngs, **_INIT)
+        self.mlp_out = nnx.Linear(config.mlp_ratio * width, width, rngs=rngs, **_INIT)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         x = x + self.attention(self.norm_attention(x))
@@ -42,9 +44,12 @@ class VideoViT(nnx.Module):
             raise UserError(
                 f"model.tubelet: {list(config.tubelet)} does not divide clips of {frames} frames and side {size}"
             )
-        self.embed = nnx.Conv(3, config.width, config.tubelet, strides=config.tubelet, padding="VALID", rngs=rngs)
-        self.place = nnx.Param(0.02 * jax.random.normal(rngs.params(), (grid[1] * grid[2], config.width)))
-        self.time = nnx.Param(0.02 * jax.random.normal(rngs.params(), (grid[0], 1, config.width)))
+        self.embed = nnx.Conv(
+            3, config.width, config.tubelet, strides=config.tubelet, padding="VALID", rngs=rngs, **_INIT
+        )
+        start = nnx.initializers.uniform(0.04)
+        self.place = nnx.Param(start(rngs.params(), (grid[1] * grid[2], config.width)))
+        self.time = nnx.Param(start(rngs.params(), (grid[0], 1, config.width)))
         self.blocks = nnx.List([Block(config, rngs) for _ in range(config.depth)])
         self.norm = nnx.LayerNorm(config.width, rngs=rngs)
         self.head = nnx.Linear(config.width, classes, kernel_init=nnx.initializers.zeros, rngs=rngs)
@@ -76,7 +81,7 @@ class Network:
     def __init__(self, config: ModelConfig, frames: int, size: int, classes: int, seed: int):
         self.classes, self.width = classes, config.width
         make = functools.partial(VideoViT, config, frames, size, classes)
-        module = jax.jit(lambda key: make(nnx.Rngs(params=key)))(jax.random.key(seed))
+        module = jax.jit(lambda key: make(nnx.Rngs(params=key)))(jax.random.key(seed, impl="rbg"))
         self._graph, state, other = nnx.split(module, nnx.Param, ...)
         refuse_mixing(module)
         if jax.tree.leaves(other):
@@ -101,9 +106,7 @@ def refuse_mixing(module: nnx.Module) -> None:
     """Raises UserError if a layer of `module` mixes the records of a batch."""
     for path, part in nnx.iter_modules(module):
         if isinstance(part, nnx.BatchNorm):
-            raise UserError(
-                f"model: {'.'.join(map(str, path))} is a BatchNorm and mixes records; expected LayerNorm"
-            )
+            raise UserError(f"model: {'.'.join(map(str, path))} is a BatchNorm and mixes records; expected LayerNorm")
 
 
 def fits(params: Mapping[str, Array], like: Mapping[str, Array], head: bool) -> Params:

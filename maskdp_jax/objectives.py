@@ -1,7 +1,7 @@
 """What each objective differentiates.
 
-Notation: x a record's composite, x̃ its public view, θ the model, φ a frozen encoder, W the private head. S and P are the
-private and the public batch. Sensitivities are those of `Mechanism.sensitivity`; proofs in `docs/privacy.md`.
+Notation: x a record's composite, x̃ its public view, θ the model, φ a frozen encoder, W the private head.
+Sensitivities are those of `Mechanism.sensitivity`; proofs in `docs/privacy.md`.
 """
 
 import dataclasses

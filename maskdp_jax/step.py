@@ -83,33 +83,46 @@ def start(objective: Objective, optimizers: Optimizers, theta: Params, fixed: Pa
     )
 
 
+def release(
+    objective: Objective,
+    mechanism: Mechanism,
+    layout: Layout,
+    weights: Weights,
+    batch: Views,
+    key: Key[Array, "streams"],
+) -> tuple[Params, Array]:
+    """One device's part in the noised sum over all devices, divided by the public constant; and its records' norms.
+
+    Guarantees:
+        `clipped_sum` of the local terms, one sum over devices, then noise of standard deviation
+        `mechanism.noise_stddev` once on the global sum, from the same key everywhere.
+    """
+    total, norms = clipped_sum(
+        lambda noisy, record: objective.term(noisy, weights, record),
+        parallel.varying(objective.noisy(weights)),
+        batch,
+        l2_clip_norm=mechanism.l2_clip_norm,
+        is_padding=batch.padding | objective.unchanged(batch),
+        microbatch_size=layout.microbatch(len(batch.padding)),
+    )
+    total = add_noise(jax.lax.psum(total, parallel.AXIS), key, mechanism.noise_stddev)
+    return jax.tree.map(lambda g: g / mechanism.divisor, total), norms
+
+
 def make_step(
     objective: Objective, mechanism: Mechanism, optimizers: Optimizers, layout: Layout
 ) -> Callable[[State, StepBatch, Key[Array, "streams"]], tuple[State, dict[str, Array], Array]]:
     """Compiles `step(state, batch, noise_key) -> (state, metrics, norms of the records' terms)`.
 
     Guarantees:
-        Per step and device: `clipped_sum` of the local terms, one sum over devices, then noise of standard deviation
-        `mechanism.noise_stddev` once on the global sum, from the same key everywhere, then division by the public
-        constant `mechanism.divisor`. Whatever the devices, the noise is the same to the bit; sums differ by rounding.
-        Rows of padding add exactly 0, an empty batch is noise alone. The norms are not private; they are for tests.
+        Private data reach the state through `release` alone (but for `sgd`, which has no privacy). Whatever the
+        devices, the noise is the same to the bit; sums differ by rounding. Rows of padding add exactly 0, an empty
+        batch is noise alone. The norms are not private; they are for tests.
 
     References:
         Docs: `docs/privacy.md`; `Mechanism` states what the released states cost.
     """
     exact_divisor = mechanism.divisor if objective.name == "sgd" else mechanism.public_divisor
-
-    def noisy_gradient(weights: Weights, batch: Views, key: Array) -> tuple[Params, Array]:
-        total, norms = clipped_sum(
-            lambda noisy, record: objective.term(noisy, weights, record),
-            parallel.varying(objective.noisy(weights)),
-            batch,
-            l2_clip_norm=mechanism.l2_clip_norm,
-            is_padding=batch.padding | objective.unchanged(batch),
-            microbatch_size=layout.microbatch(len(batch.padding)),
-        )
-        total = add_noise(jax.lax.psum(total, parallel.AXIS), key, mechanism.noise_stddev)
-        return jax.tree.map(lambda g: g / mechanism.divisor, total), norms
 
     def exact_gradient(weights: Weights, batch: Views) -> tuple[Array, Params]:
         total = objective.exact(parallel.varying(weights.theta), weights.fixed, batch)
@@ -130,7 +143,7 @@ def make_step(
     def step(state: State, batch: StepBatch, key: Array) -> tuple[State, dict[str, Array], Array]:
         metrics, norms = {}, jnp.zeros(1)
         if batch.noisy is not None:
-            gradient, norms = noisy_gradient(state.weights, batch.noisy, key)
+            gradient, norms = release(objective, mechanism, layout, state.weights, batch.noisy, key)
             if objective.name == "maskdp_residual":
                 metrics["loss"], public = exact_gradient(state.weights, batch.exact)
                 gradient = jax.tree.map(jnp.add, gradient, public)

@@ -1,6 +1,7 @@
 """A small two-layer dataset: the avatar's colour tells part of the label, the scene behind it the rest."""
 
 import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -75,3 +76,9 @@ def arguments(data: pathlib.Path, out: pathlib.Path, objective: str = "maskdp", 
         "every.checkpoint": 2,
     } | {key.replace("__", "."): value for key, value in changes.items()}
     return [word for key, value in words.items() if value is not None for word in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def toy() -> types.SimpleNamespace:
+    """The functions above, for tests that need data or runs of their own."""
+    return types.SimpleNamespace(LABELS=LABELS, clip=clip, write=write, arguments=arguments)

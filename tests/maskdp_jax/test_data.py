@@ -1,0 +1,103 @@
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from maskdp import layers
+from maskdp.errors import UserError
+from maskdp_jax import data
+from maskdp_jax.config import DataConfig, PrivacyConfig
+
+
+@pytest.fixture(scope="module")
+def clips(dataset):
+    return data.Clips(layers.Dataset(dataset), "train", DataConfig(path=str(dataset), frames=4, size=16))
+
+
+def keys(*rows: tuple[str, str, str, tuple[str, ...]]) -> list[data.Keys]:
+    return [
+        data.Keys(n, clip_id, 0, video_id, scene_id, people)
+        for n, (clip_id, video_id, scene_id, people) in enumerate(rows)
+    ]
+
+
+def test_views_are_the_contract_composed(clips):
+    stored = layers.Dataset(clips._config.path)["train"].clip(clips.keys[3].index)
+    composite, public = clips.views(3)
+    np.testing.assert_array_equal(composite, layers.composite(stored.rgba, stored.private))
+    np.testing.assert_array_equal(public, layers.public_view(stored.rgba))
+
+
+def test_public_view_is_blind_to_the_private_layer(tmp_path, toy):
+    rng = np.random.default_rng(0)
+    first = toy.clip(0, rng)
+    other = dataclasses.replace(first, private=rng.integers(0, 256, first.private.shape, dtype=np.uint8))
+    views = []
+    for name, clip in (("a", first), ("b", other)):
+        layers.write_dataset(tmp_path / name, {"train": [clip]}, toy.LABELS, private_format="png")
+        config = DataConfig(path=str(tmp_path / name), frames=3, size=7)
+        views.append(data.Clips(layers.Dataset(tmp_path / name), "train", config).views(0))
+    (composite_a, public_a), (composite_b, public_b) = views
+    np.testing.assert_array_equal(public_a, public_b)
+    assert (composite_a != composite_b).any()
+
+
+@pytest.mark.parametrize(("length", "count", "expected"), [(10, 4, [0, 3, 6, 9]), (2, 4, [0, 0, 1, 1]), (5, 1, [0])])
+def test_frames_are_spaced_evenly(length, count, expected):
+    assert data.spaced(length, count) == expected
+
+
+def test_batch_pads_and_averages(clips):
+    batch = clips.batch([(0, 1), None, (5,)], 2)
+    assert batch.padding.tolist() == [False, True, False]
+    assert batch.weight.tolist() == [[0.5, 0.5], [0, 0], [1, 0]]
+    np.testing.assert_array_equal(batch.composite[2, 0], clips.views(5)[0])
+    assert not batch.composite[1].any()
+    assert not batch.public[2, 1].any()
+
+
+def test_units_partition_the_clips(clips):
+    videos = data.units(clips.keys, PrivacyConfig())
+    assert sorted(itertools.chain(*videos)) == list(range(40))
+    assert len(videos) == 20
+    assert len(data.units(clips.keys, PrivacyConfig(unit="scene"))) == 5
+    assert {len(record) for record in data.units(clips.keys, PrivacyConfig(unit="subject", clips_per_record=3))} == {3}
+
+
+def test_one_person_is_in_one_record_at_most():
+    shared = keys(
+        ("a", "v", "s", ("ann",)),
+        ("b", "v", "s", ("ann", "bob")),  # bob has no clip of his own here, but ann has: left out
+        ("c", "v", "s", ("cid", "dan")),
+        ("d", "v", "s", ("cid", "dan")),
+        ("e", "v", "s", ("dan", "eve")),  # one of the two is taken: left out
+    )
+    records = data.units(shared, PrivacyConfig(unit="subject"))
+    assert sorted(records) == [(0,), (2, 3)] or sorted(records) == [(0,), (4,)]
+    assert data.contributions(shared, records)["person"] == 1
+
+
+def test_subject_without_a_name_is_refused():
+    with pytest.raises(UserError, match="names no subject"):
+        data.units(keys(("a", "v", "s", ())), PrivacyConfig(unit="subject"))
+
+
+def test_contributions_count_records_of_a_place():
+    shared = keys(("a", "v1", "hall", ("ann",)), ("b", "v2", "hall", ("ann",)), ("c", "v3", "attic", ("bob",)))
+    assert data.contributions(shared, data.units(shared, PrivacyConfig())) == {"person": 2, "place": 2, "video": 1}
+
+
+def test_stream_resumes_where_it_is_told_to():
+    whole = list(data.stream(lambda t: t * t, 0, 12, 2))
+    assert whole == [t * t for t in range(12)]
+    assert list(data.stream(lambda t: t * t, 5, 12, 2)) == whole[5:]
+
+
+def test_split_without_labels_is_refused(tmp_path, toy):
+    clip = dataclasses.replace(toy.clip(0, np.random.default_rng(0)), label=-1)
+    layers.write_dataset(tmp_path, {"train": [clip]}, toy.LABELS, private_format="png")
+    config = DataConfig(path=str(tmp_path))
+    with pytest.raises(UserError, match="no labelled clip"):
+        data.Clips(layers.Dataset(tmp_path), "train", config)
+    assert len(data.Clips(layers.Dataset(tmp_path), "train", config, labelled=False)) == 1
