@@ -1,0 +1,367 @@
+"""Closed forms for the account, and statistics for the sampler.
+
+Statistical tests run on a fixed secret, so they are deterministic; each states the chance with which a fresh secret
+would have failed it.
+"""
+
+import dataclasses
+import math
+
+import dp_accounting
+import numpy as np
+import pytest
+from dp_accounting.pld import privacy_loss_distribution
+from scipy import special, stats
+
+from maskdp.errors import UserError
+from maskdp_jax.keys import RunSecret
+from maskdp_jax.mechanism import Mechanism, calibrate, gaussian_delta
+
+SECRET = RunSecret(bytes(range(32)), "run", "config", "data")
+PAPER = dict(num_units=40_320, batch_size=128, steps=150 * 315)
+SMALL = dict(num_units=1000, batch_size=50, steps=100)
+
+
+def drawn(units: np.ndarray) -> np.ndarray:
+    return units[units >= 0]
+
+
+# --- sensitivity and refusals ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("objective", "adjacency", "sensitivity"),
+    [
+        ("maskdp", "zero_out", 1),
+        ("maskdp", "replace", 2),
+        ("maskdp_residual", "zero_out", 1),
+        ("maskdp_residual", "replace", 2),
+        ("maskdp_two_step", "zero_out", 2),
+        ("maskdp_two_step", "replace", 2),
+        ("dp_sgd", "remove", 1),
+        ("dp_sgd", "zero_out", 2),
+        ("dp_sgd", "replace", 2),
+        ("public_only", "zero_out", 0),
+        ("public_only", "replace", 0),
+        ("sgd", "zero_out", math.inf),
+    ],
+)
+def test_sensitivity_table(objective, adjacency, sensitivity):
+    assert Mechanism(**SMALL, objective=objective, adjacency=adjacency).sensitivity == sensitivity
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(objective="maskdp", adjacency="remove"),
+        dict(objective="maskdp_residual", adjacency="remove"),
+        dict(objective="maskdp_two_step", adjacency="remove"),
+        dict(objective="public_only", adjacency="remove"),
+        dict(objective="dp_sgd", sampling="shared_poisson"),
+        dict(objective="sgd", noise_multiplier=1.0),
+        dict(objective="public_only", noise_multiplier=1.0),
+        dict(objective="dp_sgd", public_batch=3),
+        dict(sampling="shared_epochs", max_batch=60),
+        dict(sampling="shared_poisson", public_batch=3),
+        dict(noise_multiplier=-1.0),
+        dict(noise_multiplier=math.nan),
+        dict(l2_clip_norm=0.0),
+        dict(batch_size=1001),
+        dict(steps=0),
+        dict(objective="dpsgd"),
+    ],
+)
+def test_refuses_what_has_no_meaning_or_no_proof(fields):
+    with pytest.raises(UserError) as refusal:
+        Mechanism(**SMALL | fields)
+    assert "\n" not in str(refusal.value)
+
+
+def test_no_epsilon_without_noise_and_none_needed_without_private_layers():
+    assert Mechanism(**SMALL).epsilon(1e-5).value == math.inf
+    assert Mechanism(**SMALL, objective="sgd").epsilon(1e-5).value == math.inf
+    assert Mechanism(**SMALL, objective="public_only").epsilon(1e-5).value == 0
+    assert SMALL["num_units"] not in Mechanism(**SMALL, objective="public_only").batch(SECRET, 0).private
+
+
+# --- the account ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("adjacency", "s"), [("zero_out", 1), ("replace", 2)])
+def test_full_batches_are_the_gaussian_mechanism(adjacency, s):
+    """q = 1, T steps: δ(ε) of N(√T·s/σ, 1) against N(0, 1), in closed form (arXiv 1805.06530)."""
+    mechanism = Mechanism(10, 10, 25, adjacency=adjacency, noise_multiplier=12.0)
+    for epsilon in (0.1, 1.0, 4.0):
+        exact = gaussian_delta(epsilon, math.sqrt(25) * s / 12)
+        assert exact <= mechanism.delta(epsilon) <= exact * 1.001 + 1e-12
+
+
+@pytest.mark.parametrize("sigma", [0.7, 2.0])
+def test_one_poisson_step_in_closed_form(sigma):
+    """H_α((1-q)N(0) + qN(1), N(0)) = q · δ_Gauss(log(1 + (α-1)/q))."""
+    mechanism = Mechanism(100, 10, 1, noise_multiplier=sigma)
+    for epsilon in (0.05, 0.3, 1.0):
+        exact = 0.1 * gaussian_delta(math.log(1 + math.expm1(epsilon) / 0.1), 1 / sigma)
+        assert exact <= mechanism.delta(epsilon) <= exact * 1.002 + 1e-10
+
+
+@pytest.mark.parametrize("sigma", [0.7, 2.0])
+def test_one_step_of_swapped_terms_in_closed_form(sigma):
+    """H_α of (1-q)N(0) + qN(C) against (1-q)N(0) + qN(-C): the best half-line. Halving σ instead is another number."""
+    q = 0.1
+    mechanism = Mechanism(100, 10, 1, adjacency="replace", noise_multiplier=sigma)
+    for epsilon in (0.05, 0.3, 1.0):
+        exact = half_line(math.exp(epsilon), q, 1 / sigma)
+        assert exact * (1 - 1e-6) <= mechanism.delta(epsilon) <= exact * 1.002 + 1e-10
+        halved = q * gaussian_delta(math.log(1 + math.expm1(epsilon) / q), 2 / sigma)
+        assert abs(halved - exact) > 0.02 * exact
+
+
+def half_line(alpha: float, q: float, shift: float) -> float:
+    """max_z q·Φ(z + shift) - αq·Φ(z - shift) - (1-q)(α-1)·Φ(z), on a grid fine enough for 1e-7 of it."""
+    z = np.linspace(-12, 12, 20_001)
+    normal = special.ndtr
+    values = q * normal(z + shift) - alpha * q * normal(z - shift) - (1 - q) * (alpha - 1) * normal(z)
+    return max(0.0, values.max())
+
+
+def test_opposite_shifts_dominate_every_swap():
+    """The lemma of docs/privacy.md by integration: no v, v′ of norm ≤ C in the plane beat (C, -C) on a line."""
+    axis = np.linspace(-7, 7, 201)
+    x, y = np.meshgrid(axis, axis)
+    cell = (axis[1] - axis[0]) ** 2
+    density = lambda v: np.exp(-((x - v[0]) ** 2 + (y - v[1]) ** 2) / 2) / (2 * math.pi)  # noqa: E731
+    generator = np.random.default_rng(0)
+    closest = 1.0
+    for trial in range(60):
+        q, shift, alpha = generator.uniform(0.05, 1), generator.uniform(0.1, 1.5), math.exp(generator.uniform(0, 1.5))
+        angles = generator.uniform(0, 2 * math.pi, 2) if trial % 3 else np.array([0.3, 0.3 + math.pi])
+        lengths = shift * (generator.uniform(0, 1, 2) if trial % 3 == 1 else 1)
+        v, w = (lengths * np.array([np.cos(angles), np.sin(angles)])).T
+        mixture_v = (1 - q) * density((0, 0)) + q * density(v)
+        mixture_w = (1 - q) * density((0, 0)) + q * density(w)
+        integral = np.maximum(mixture_v - alpha * mixture_w, 0).sum() * cell
+        bound = half_line(alpha, q, shift)
+        assert integral <= bound + 5e-4
+        closest = min(closest, bound - integral)
+    assert closest < 5e-4  # opposite vectors of full length reach it
+
+
+def test_shared_poisson_is_the_mixture_with_the_identity():
+    """Σ_k Binomial · δ_Gauss is the T-fold composition of "Gaussian with chance q, else nothing", S in plain sight."""
+    mechanism = Mechanism(100, 20, 30, sampling="shared_poisson", noise_multiplier=4.0)
+    once = privacy_loss_distribution.from_gaussian_mechanism(4.0, value_discretization_interval=1e-3)
+    nothing = privacy_loss_distribution.identity(value_discretization_interval=1e-3)
+    mixed = once.compute_mixture(nothing, 0.2).self_compose(30)
+    for epsilon in (0.1, 0.5, 1.0, 2.0):
+        assert mechanism.delta(epsilon) == pytest.approx(mixed.get_delta_for_epsilon(epsilon), rel=2e-3)
+
+
+def test_shared_poisson_by_monte_carlo():
+    """δ(ε) = E max(0, 1 - e^(ε - L)) over the privacy loss L. Five standard errors: false alarm 6e-7."""
+    mechanism = Mechanism(100, 20, 30, sampling="shared_poisson", adjacency="replace", noise_multiplier=6.0)
+    generator = np.random.default_rng(1)
+    shift = np.sqrt(generator.binomial(30, 0.2, 400_000)) * 2 / 6
+    loss = shift * generator.standard_normal(shift.size) + shift**2 / 2
+    spent = np.maximum(0, -np.expm1(0.5 - loss))
+    assert abs(mechanism.delta(0.5) - spent.mean()) < 5 * spent.std() / math.sqrt(spent.size)
+
+
+def test_epochs_compose_as_often_as_a_unit_is_seen():
+    """A third of an epoch counts as one: k = ⌈T / ⌈N/B⌉⌉."""
+    for steps, times in ((20, 1), (21, 2), (7, 1), (100, 5)):
+        mechanism = Mechanism(1000, 50, steps, sampling="shared_epochs", noise_multiplier=3.0)
+        assert mechanism.delta(1.0) == pytest.approx(float(gaussian_delta(1.0, math.sqrt(times) / 3)), abs=1e-15)
+        seen = np.bincount(np.concatenate([drawn(mechanism.batch(SECRET, t).private) for t in range(steps)]))
+        assert seen.max() == times
+
+
+def test_paper_setting():
+    """N = 40,320; batch 128; 150 epochs; δ = 1e-5: the noise multipliers at ε = 1, from both sides."""
+    for fields, sigma in (
+        (dict(), 2.677),
+        (dict(objective="dp_sgd", adjacency="remove"), 2.677),
+        (dict(adjacency="replace"), 5.152),
+        (dict(objective="maskdp_two_step"), 5.152),
+        (dict(sampling="shared_epochs"), 45.70),
+        (dict(sampling="shared_poisson"), 46.17),
+    ):
+        mechanism = Mechanism(**PAPER, **fields)
+        at = lambda noise, m=mechanism: dataclasses.replace(m, noise_multiplier=noise).delta(1.0)  # noqa: E731
+        assert at(sigma) <= 1e-5 < at(sigma * 0.998)
+
+
+def test_renyi_is_looser_and_absent_where_it_has_no_event():
+    assert Mechanism(**PAPER, noise_multiplier=2.89).epsilon(1e-5).rdp == pytest.approx(1.0, abs=2e-3)
+    for fields, present in (
+        (dict(), True),
+        (dict(adjacency="replace"), False),
+        (dict(sampling="shared_epochs", adjacency="replace"), True),
+        (dict(sampling="shared_poisson"), False),
+    ):
+        claim = Mechanism(**SMALL, **fields, noise_multiplier=6.0).epsilon(1e-5)
+        assert (claim.rdp is not None) == present
+        assert claim.rdp is None or claim.rdp > claim.value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fields", "sigma"),
+    [
+        (dict(), 2.676),
+        (dict(adjacency="replace"), 5.151),
+        (dict(sampling="shared_epochs"), 45.691),
+        (dict(sampling="shared_poisson"), 46.167),
+    ],
+)
+def test_paper_setting_calibrated(fields, sigma):
+    found = calibrate(Mechanism(**PAPER, **fields), 1.0, 1e-5)
+    assert found.noise_multiplier == pytest.approx(sigma, rel=5e-4)
+    assert found.epsilon(1e-5).value <= 1
+
+
+def test_truncation_is_charged():
+    """Few slots cost ε; slots for every unit, or the default, cost nothing that shows."""
+    roomy, default, tight = (
+        Mechanism(**SMALL, noise_multiplier=1.5, max_batch=slots).epsilon(1e-5).value for slots in (1000, None, 55)
+    )
+    assert roomy == pytest.approx(default, rel=1e-4)
+    assert tight > roomy * 1.05
+    event, relation = Mechanism(**SMALL, noise_multiplier=1.5, max_batch=55).event()
+    assert event.event == dp_accounting.TruncatedSubsampledGaussianDpEvent(1000, 0.05, 55, 1.5)
+    assert relation is dp_accounting.NeighboringRelation.REPLACE_SPECIAL
+
+
+def test_neighbouring_relation_follows_the_adjacency():
+    relation = dp_accounting.NeighboringRelation
+    for fields, expected in (
+        (dict(), relation.REPLACE_SPECIAL),
+        (dict(adjacency="replace"), relation.REPLACE_ONE),
+        (dict(objective="maskdp_two_step"), relation.REPLACE_ONE),
+        (dict(objective="dp_sgd"), relation.REPLACE_ONE),
+        (dict(objective="dp_sgd", adjacency="remove"), relation.ADD_OR_REMOVE_ONE),
+    ):
+        assert Mechanism(**SMALL, **fields, noise_multiplier=2.0).event()[1] is expected
+
+
+def test_epsilon_and_delta_agree_and_fall_with_noise():
+    claims = [Mechanism(**SMALL, noise_multiplier=sigma).epsilon(1e-5) for sigma in (1.0, 2.0, 4.0)]
+    assert claims[0].value > claims[1].value > claims[2].value > 0
+    for sigma, claim in zip((1.0, 2.0, 4.0), claims):
+        assert Mechanism(**SMALL, noise_multiplier=sigma).delta(claim.value) <= 1e-5
+        assert Mechanism(**SMALL, noise_multiplier=sigma).delta(claim.value * (1 - 1e-5)) > 1e-5
+
+
+def test_calibration_keeps_to_epsilon_and_wastes_little():
+    start = Mechanism(**SMALL, sampling="shared_epochs")
+    noise = calibrate(start, 2.0, 1e-6)
+    assert noise.epsilon(1e-6).value <= 2
+    assert dataclasses.replace(noise, noise_multiplier=noise.noise_multiplier * 0.9999).epsilon(1e-6).value > 2
+
+    independent = calibrate(Mechanism(**SMALL), 2.0, 1e-6)
+    assert independent.epsilon(1e-6).value <= 2
+
+    poisson = Mechanism(**SMALL, sampling="shared_poisson", noise_multiplier=10.0)
+    steps = calibrate(poisson, 2.0, 1e-6, "steps")
+    assert steps.epsilon(1e-6).value <= 2 < dataclasses.replace(steps, steps=steps.steps + 1).epsilon(1e-6).value
+    batch = calibrate(poisson, 2.0, 1e-6, "batch_size")
+    assert batch.epsilon(1e-6).value <= 2
+    assert dataclasses.replace(batch, batch_size=batch.batch_size + 1).epsilon(1e-6).value > 2
+
+    for hopeless in (Mechanism(**SMALL, objective="sgd"), Mechanism(**SMALL, objective="public_only")):
+        with pytest.raises(UserError):
+            calibrate(hopeless, 1.0, 1e-5)
+
+
+# --- the sampler ------------------------------------------------------------------------------------------------------
+
+
+def test_batches_are_a_function_of_secret_and_step():
+    mechanism = Mechanism(**SMALL)
+    other = RunSecret(bytes(32), "run", "config", "data")
+    first, again = mechanism.batch(SECRET, 7), mechanism.batch(SECRET, 7)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again))
+    assert not np.array_equal(first.private, mechanism.batch(SECRET, 8).private)
+    assert not np.array_equal(first.private, mechanism.batch(other, 7).private)
+    assert not np.array_equal(first.public, mechanism.batch(other, 7).public)
+    assert first.private.dtype == first.public.dtype == np.int32
+
+
+def test_only_accounted_steps_are_drawn():
+    mechanism = Mechanism(**SMALL)
+    for step in (-1, mechanism.steps):
+        with pytest.raises(ValueError, match="not among"):
+            mechanism.batch(SECRET, step)
+
+
+def test_poisson_inclusion():
+    """Every unit with chance q, independently: counts per unit, pairs and batch sizes. False alarm 3e-6."""
+    mechanism = Mechanism(200, 50, 2000)
+    member = np.zeros((mechanism.steps, 200), bool)
+    for step in range(mechanism.steps):
+        member[step, drawn(mechanism.batch(SECRET, step).private)] = True
+    q, steps = 0.25, mechanism.steps
+    per_unit = ((member.sum(0) - q * steps) ** 2 / (steps * q * (1 - q))).sum()
+    assert stats.chi2.ppf(5e-7, 200) < per_unit < stats.chi2.ppf(1 - 5e-7, 200)
+    sizes = ((member.sum(1) - 50) ** 2 / (200 * q * (1 - q))).sum()
+    assert stats.norm.ppf(5e-7) < (sizes - steps) / math.sqrt(2 * steps) < stats.norm.ppf(1 - 5e-7)
+    neighbours = (member[:, :-1] & member[:, 1:]).sum()  # a batch of constant size or a block of units would show here
+    expected, spread = q**2 * 199 * steps, math.sqrt(199 * steps * q**2 * (1 - q**2) * 1.5)
+    assert abs(neighbours - expected) < 5 * spread
+
+
+def test_public_batch_says_nothing_of_the_private_one():
+    """Independent: given P, each unit is in S with chance q all the same. False alarm 6e-7. Shared: P is S."""
+    mechanism = Mechanism(200, 50, 1000)
+    both = total = 0
+    for step in range(mechanism.steps):
+        batch = mechanism.batch(SECRET, step)
+        both += len(np.intersect1d(drawn(batch.private), drawn(batch.public)))
+        total += len(drawn(batch.public))
+    assert abs(both - 0.25 * total) < 5 * math.sqrt(total * 0.25 * 0.75)
+    for sampling in ("shared_poisson", "shared_epochs"):
+        batch = Mechanism(**SMALL, sampling=sampling).batch(SECRET, 3)
+        assert np.array_equal(batch.private, batch.public)
+
+
+def test_epochs_show_every_unit_once():
+    for fields in (dict(sampling="shared_epochs"), dict(objective="sgd"), dict(objective="public_only")):
+        mechanism = Mechanism(107, 10, 33, **fields)
+        assert mechanism.steps_per_epoch == 11
+        batches = [mechanism.batch(SECRET, step) for step in range(33)]
+        units = [b.public if mechanism.objective == "public_only" else b.private for b in batches]
+        for epoch in range(3):
+            seen = np.concatenate([drawn(u) for u in units[11 * epoch : 11 * epoch + 11]])
+            assert np.array_equal(np.sort(seen), np.arange(107))
+        assert not np.array_equal(units[0], units[11])
+
+
+def test_divisor_is_constant_whatever_is_drawn():
+    mechanism = Mechanism(40, 2, 60)
+    sizes = {len(drawn(mechanism.batch(SECRET, step).private)) for step in range(60)}
+    assert 0 in sizes  # empty batches occur and are no error
+    assert len(sizes) > 3
+    assert mechanism.divisor == 2 == mechanism.sampling_prob * 40
+    assert mechanism.public_divisor == 2
+    assert Mechanism(40, 2, 60, public_batch=9).public_divisor == 9
+    assert Mechanism(40, 2, 60, sampling="shared_poisson").public_divisor == 2
+
+
+def test_overflow_is_cut_to_a_random_subset():
+    """Chance 20/1000 a step for each unit in the end. False alarm 1e-6."""
+    mechanism = Mechanism(100, 50, 1500, max_batch=20)
+    counts = np.zeros(100)
+    for step in range(mechanism.steps):
+        units = drawn(mechanism.batch(SECRET, step).private)
+        assert len(units) == 20 == len(set(units))
+        counts[units] += 1
+    statistic = ((counts - 300) ** 2 / (1500 * 0.2 * 0.8)).sum()
+    assert stats.chi2.ppf(5e-7, 99) < statistic < stats.chi2.ppf(1 - 5e-7, 99)
+
+
+def test_default_slots_practically_never_overflow():
+    for n, batch, steps in ((1000, 50, 100), (40_320, 128, 47_250), (20, 10, 5)):
+        slots = Mechanism(n, batch, steps).private_slots
+        assert steps * stats.binom.sf(slots, n, batch / n) <= 1e-12
+        assert slots == n or steps * stats.binom.sf(slots - 1, n, batch / n) > 1e-12
+        assert Mechanism(n, batch, steps).batch(SECRET, 0).private.shape == (slots,)
