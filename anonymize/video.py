@@ -56,6 +56,8 @@ def _opened(path: os.PathLike | str) -> Iterator[tuple[av.container.InputContain
         streams = [stream for stream in container.streams.video if not _is_cover(stream)]
         if not streams:
             raise UserError(f"{path}: holds no video stream, expected one")
+        if streams[0].codec_context is None:
+            raise UserError(f"{path}: damaged, or coded in a way that no decoder here knows")
         yield container, streams[0]
 
 
@@ -67,10 +69,14 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _size(stream: av.VideoStream, frame: av.VideoFrame, short_side: int | None) -> tuple[int, int]:
-    """Even (width, height), in the stored orientation, with square pixels."""
-    aspect = stream.sample_aspect_ratio or fractions.Fraction(1)
-    sides = [int(frame.width * aspect), frame.height]
+def _sides(stream: av.VideoStream, frame: av.VideoFrame) -> tuple[int, int]:
+    """Width and height in square pixels, as stored; an absurd aspect ratio is not believed."""
+    aspect = stream.sample_aspect_ratio or 1
+    return (int(frame.width * aspect) if 0.25 < aspect < 4 else frame.width), frame.height
+
+
+def _size(sides: tuple[int, int], short_side: int | None) -> tuple[int, int]:
+    """The sides scaled down until the shorter is at most `short_side`, and made even."""
     short = min(sides)
     limit = short if short_side is None else min(short, short_side)
     width, height = (max(2, side * limit // short // 2 * 2) for side in sides)
@@ -95,7 +101,6 @@ def _fps(times: list[float], average_rate: fractions.Fraction | None) -> float:
 def _decode(path, container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
     """Every frame of the stream; raises UserError where decoding breaks or the file ends before its header says."""
     stream.thread_type = "AUTO"
-    stream.codec_context.options = {"err_detect": "explode"}
     count, end, step = 0, 0.0, 0.04
 
     def broken(reason: str) -> UserError:
@@ -160,7 +165,7 @@ def clips(path: os.PathLike | str, *, short_side: int | None = None, max_frames:
     with _opened(path) as (container, stream):
         for frame in _decode(path, container, stream):
             if size is None:
-                size, turns = _size(stream, frame, short_side), _quarter_turns(frame)
+                size, turns = _size(_sides(stream, frame), short_side), _quarter_turns(frame)
             image = frame.reformat(*size, format="rgb24", interpolation="AREA").to_ndarray()
             frames.append(np.rot90(image, turns))
             if frame.time is not None:
@@ -179,7 +184,7 @@ def probe(path: os.PathLike | str) -> VideoInfo:
     """
     with _opened(path) as (container, stream):
         frame = next(_decode(path, container, stream))
-        width, height = int(frame.width * (stream.sample_aspect_ratio or 1)), frame.height
+        width, height = _sides(stream, frame)
         if _quarter_turns(frame) % 2:
             width, height = height, width
         seconds, slack = _expected_end(container, stream)

@@ -170,6 +170,25 @@ def test_damaged_in_the_middle(tmp_path):
     expect_one_line(path, "broken after")
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
+def test_no_damage_shows_as_anything_but_one_line(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    write(path, moving_bars(30), "mpeg4" if suffix == "avi" else "libx264")
+    whole, messages = path.read_bytes(), []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        data, at = bytearray(whole), rng.integers(len(whole))
+        data[at : at + 30] = rng.bytes(30)
+        path.write_bytes(bytes(data))
+        try:  # the damage may be in a part that does not matter
+            read(path)
+            video.probe(path)
+        except UserError as error:
+            messages.append(str(error))
+    assert messages
+    assert "\n" not in "".join(messages)
+
+
 def test_no_frames_and_sound_only(tmp_path):
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=16000)
