@@ -159,6 +159,33 @@ def foreground(
     return out
 
 
+def ghosts(frames: np.ndarray, background: np.ndarray, moved: np.ndarray, samples: int = 16) -> np.ndarray:
+    """(H, W) bool: places where the supposed background holds what left, rather than the frame what came.
+
+    The outline of something present is an edge of the frame; the outline of something that is gone but was taken into
+    the background is an edge of the background. Blobs of `moved` (T, H, W) whose outline is more of an edge in the
+    background than in the frame are ghosts; places that are ghosts in a quarter of the frames that differ are returned.
+    """
+    found, different = (np.zeros(frames.shape[1:3], int) for _ in range(2))
+    behind = _edges(background)
+    for t in sample_times(len(frames), samples):
+        count, labels, stats, _ = cv2.connectedComponentsWithStats(moved[t].astype(np.uint8), connectivity=8)
+        present = _edges(frames[t])
+        different += moved[t]
+        for label in np.flatnonzero(stats[1:count, cv2.CC_STAT_AREA] > 0.002 * moved[t].size) + 1:
+            blob = (labels == label).astype(np.uint8)
+            outline = cv2.morphologyEx(blob, cv2.MORPH_GRADIENT, disc(1)) > 0
+            if behind[outline].mean() > 1.2 * present[outline].mean():
+                found += blob
+    return (found > 0) & (4 * found >= different)
+
+
+def _edges(image: np.ndarray) -> np.ndarray:
+    """Strength of the edges, (H, W) float32."""
+    gray = cv2.GaussianBlur(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (0, 0), 1).astype(np.float32)
+    return cv2.magnitude(cv2.Sobel(gray, cv2.CV_32F, 1, 0), cv2.Sobel(gray, cv2.CV_32F, 0, 1))
+
+
 @functools.cache
 def _hog() -> cv2.HOGDescriptor:
     hog = cv2.HOGDescriptor()

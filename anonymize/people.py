@@ -119,6 +119,8 @@ class EmbeddedFinder:
         background, known = cues.background_model(frames, busy)
         light = cues.light_changes(frames, busy, background)
         moved = cues.foreground(frames, background, known, light)
+        known &= ~cues.ghosts(frames, background, moved)
+        moved &= known
         tracks = _tracks(votes, likely, moved, config, fps)
         removal = _grown(likely | moved, margin, down=margin) | _whole(~known, margin)
         for track in tracks:

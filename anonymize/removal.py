@@ -5,11 +5,14 @@ import dataclasses
 import cv2
 import numpy as np
 
-from anonymize import cues
+from anonymize import cues, person_net
 from anonymize.people import People
 
 MOST_REMOVED = 0.8  # of a frame; beyond it nothing of the scene is left to show
 BLANK = 127
+LOOKS = 3  # frames of the result that are looked at again
+HEIGHTS = (128, 192)  # pixels, at which the network looks
+SEEN_AGAIN = 0.004  # part of a frame; more than this that looks like a person is a doubt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +35,8 @@ def remove(frames: np.ndarray, people: People, most_blanked: float = 0.2) -> Rem
 
     With a static camera a removed pixel becomes the temporal median of the frames in which it was free, adjusted to
     the frame's light. Where it never was free long enough, and wherever the camera moves, it is inpainted from the free
-    pixels around it (Telea 2004). A frame that is removed almost whole is blanked.
+    pixels around it (Telea 2004). A frame that is removed almost whole is blanked. The network, HOG and a face detector
+    then look at some of the resulting frames: if they still see somebody, that is a doubt.
 
     Guarantees: the result is a function of the pixels outside `people.removal` and of the mask itself. Whatever the
     removed pixels held, the output's bytes are the same (`people.background` is not read).
@@ -56,8 +60,19 @@ def remove(frames: np.ndarray, people: People, most_blanked: float = 0.2) -> Rem
             out[t] = inpainted(out[t], busy[t])
     out[blanked] = BLANK
     share = blanked.mean()
-    doubt = f"{share:.0%} of the frames had to be blanked" if share > most_blanked else None
+    doubt = f"{share:.0%} of the frames had to be blanked" if share > most_blanked else _seen_again(out, blanked)
     return Removal(out, blanked, doubt)
+
+
+def _seen_again(frames: np.ndarray, blanked: np.ndarray) -> str | None:
+    """Why somebody may still be visible in the finished frames, or None."""
+    net, shown = person_net.load(), np.flatnonzero(~blanked)
+    for t in shown[cues.sample_times(len(shown), LOOKS)]:
+        frame = frames[t]
+        likely = np.mean([person_net.evaluate(net, frame, frame, frame, height)[0] for height in HEIGHTS], axis=0)
+        if (likely > 0.5).mean() > SEEN_AGAIN or len(cues.hog_people(frame)) or len(cues.faces(frame)):
+            return f"somebody may still be seen in frame {t} after the removal"
+    return None
 
 
 def inpainted(image: np.ndarray, hole: np.ndarray, radius: float = 5.0) -> np.ndarray:

@@ -1,0 +1,101 @@
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from anonymize import motions
+from anonymize.body import Body
+from anonymize.camera import Camera
+from anonymize.people import EmbeddedFinder
+from anonymize.removal import remove
+from anonymize.render import render
+from anonymize.wardrobe import Avatar, draw_identity
+
+FPS = 12.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+
+
+@pytest.fixture(scope="module")
+def room():
+    rng = np.random.default_rng(4)
+    room = np.full((120, 160, 3), (205, 200, 190), float)
+    room[85:] = (120, 105, 95)
+    room[20:60, 15:45] = (150, 170, 190)
+    room[30:100, 120:150] = (160, 130, 100)
+    room += cv2.GaussianBlur(rng.normal(0, 40, room.shape), (0, 0), 2)
+    return room.clip(0, 255).astype(np.uint8)
+
+
+def film(room, total=36, start=-1.3, stop=1.3, seed=0):
+    """Somebody walks through the room: frames and where they are."""
+    rng = np.random.default_rng(seed)
+    pose = motions.ACTIONS["walk"](rng, total, FPS)
+    walk = np.zeros((total, 3))
+    walk[:, 0] = np.linspace(start, stop, total)
+    mesh = Avatar(Body(), draw_identity(np.random.default_rng(seed))).mesh(motions.move(pose, walk))
+    camera = Camera.look_at((0, 1.1, 4.2), (0, 0.9, 0), 160, 120, 190)
+    frames, truth = [], []
+    for t in range(total):
+        rgba = render([mesh], t, camera).rgba
+        alpha = rgba[..., 3:] / 255
+        noise = rng.normal(0, 2, room.shape)
+        frames.append((room * (1 - alpha) + rgba[..., :3] * alpha + noise).clip(0, 255).astype(np.uint8))
+        truth.append(alpha[..., 0] > 0)
+    return np.stack(frames), np.stack(truth)
+
+
+@pytest.fixture(scope="module")
+def walk(room):
+    frames, truth = film(room)
+    return frames, truth, EmbeddedFinder().find(frames, FPS)
+
+
+def test_a_walker_is_found_and_covered(walk):
+    _, truth, people = walk
+    assert people.doubt is None
+    assert len(people.persons) == 1
+    person = people.persons[0]
+    assert people.removal[truth].mean() > 0.999
+    visible = truth.sum((1, 2)) > 200
+    assert person.present[visible].all()
+    trusted = person.masks.any((1, 2))
+    assert trusted[visible].mean() > 0.8
+    overlap = (person.masks & truth)[trusted].sum((1, 2)) / (person.masks | truth)[trusted].sum((1, 2))
+    assert np.median(overlap) > 0.7
+    assert np.isnan(person.boxes[~person.present]).all()
+    assert not person.masks[~person.present].any()
+
+
+def test_the_room_returns(walk, room):
+    frames, _, people = walk
+    result = remove(frames, people)
+    assert result.doubt is None
+    error = np.abs(result.frames.astype(int) - room)[people.removal & people.known & ~result.blanked[:, None, None]]
+    assert np.quantile(error, 0.99) <= 8
+
+
+def test_what_is_found_does_not_change_from_run_to_run(walk):
+    frames, _, people = walk
+    again = EmbeddedFinder().find(frames, FPS)
+    assert (again.removal == people.removal).all()
+    assert (again.persons[0].masks == people.persons[0].masks).all()
+    assert again.notes == people.notes
+
+
+def test_an_empty_room_is_a_doubt(room):
+    rng = np.random.default_rng(0)
+    frames = (room + rng.normal(0, 2, (24, *room.shape))).clip(0, 255).astype(np.uint8)
+    assert EmbeddedFinder().find(frames, FPS).doubt == "no person found"
+
+
+def test_a_moving_camera_is_a_doubt_and_all_is_removed(room):
+    wide = np.tile(room, (1, 3, 1))
+    people = EmbeddedFinder().find(np.stack([wide[:, 4 * t : 4 * t + 160] for t in range(24)]), FPS)
+    assert "camera" in people.doubt
+    assert people.removal.all()
+    assert not people.static_camera
