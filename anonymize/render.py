@@ -119,12 +119,12 @@ def silhouette(vertices: torch.Tensor, faces: torch.Tensor, camera: Camera) -> t
 
 
 def vertex_normals(vertices: torch.Tensor, faces: torch.Tensor) -> torch.Tensor:
-    """Unit normals (V, 3) of vertices (V, 3): the mean of the adjacent faces' normals, weighted by their areas."""
-    a, b, c = vertices.index_select(0, faces.T.reshape(-1)).view(3, -1, 3)
+    """Unit normals of vertices (..., V, 3): the mean of the adjacent faces' normals, weighted by their areas."""
+    a, b, c = vertices.index_select(-2, faces.T.reshape(-1)).unflatten(-2, (3, -1)).unbind(-3)
     normal = torch.linalg.cross(b - a, c - a)
     total = torch.zeros_like(vertices)
     for corner in range(3):
-        total.index_add_(0, faces[:, corner], normal)
+        total.index_add_(-2, faces[:, corner], normal)
     return torch.nn.functional.normalize(total, dim=-1)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from anonymize.body import Body, skin
 from anonymize.pose import Pose
-from anonymize.render import Mesh
+from anonymize.render import Mesh, vertex_normals
 
 MAX_BETA = 1.5  # shapes beyond this leave what the garments are fitted to
 _CELLS = 6  # mesh colours: cells along a face's side
@@ -127,7 +127,7 @@ def draw_identity(rng: np.random.Generator) -> Identity:
     tone = int(rng.integers(len(SKINS)))
     plain = (1.0, 0.0, 0.0, 0.0)
     return Identity(
-        betas=tuple(np.clip(rng.normal(0, 0.8, 10), -MAX_BETA, MAX_BETA).tolist()),
+        betas=tuple(np.clip(rng.normal(0, 1, 10), -MAX_BETA, MAX_BETA).tolist()),
         skin=near(SKINS[tone], 0.05),
         hair=near(pick(HAIRS if tone < 3 else (*HAIRS[:3], HAIRS[-1])), 0.15),
         eyes=pick(((0.25, 0.15, 0.09), (0.33, 0.22, 0.12), (0.30, 0.42, 0.52), (0.30, 0.38, 0.26))),
@@ -209,7 +209,7 @@ class Avatar:
         """The dressed avatar in every frame of `pose`."""
         posed = self.body(self.betas, pose)
         vertices = posed.vertices
-        normals = _vertex_normals(vertices, self.body.faces)
+        normals = vertex_normals(vertices, self.body.faces)
 
         def along(values):
             start = values[:, self._from]
@@ -230,13 +230,12 @@ class _Figure:
         shaped, shaped_joints = body.shaped(betas)
         self.canonical, self.joints = zero.cpu().numpy().astype(np.float64), zero_joints.cpu().numpy().astype(float)
         self.shaped, self.shaped_joints = shaped.cpu().numpy().astype(float), shaped_joints.cpu().numpy().astype(float)
-        self.normals = _vertex_normals(zero[None], body.faces)[0].cpu().numpy().astype(float)
-        self.head = self.weights[:, [15, 22, 23, 24]].sum(1)
-        self.hands = self.weights[:, [20, 21, *range(25, 55)]].sum(1)
+                self.head = self.weights[:, [15, 22, 23, 24]].sum(1)
         self.eyes = self.joints[[23, 24]].mean(0)
         self.pupil_distance = abs(self.joints[23, 0] - self.joints[24, 0])
         head = self.canonical[self.head > 0.5]
         self.crown = head[:, 1].max()
+        self.ear = body(torch.zeros(10), Pose.rest(1)).joints[0, 59].cpu().numpy().astype(float)
         self.skull = (head[:, 2].min() + head[:, 2].max()) / 2
 
 
@@ -297,23 +296,30 @@ def _dress(figure: _Figure, who: Identity) -> tuple[list[_Layer], list[_Loose], 
     shoulder, elbow, wrist = (abs(joints[k, 0]) for k in (16, 18, 20))
     neck = joints[12]
 
-    def upper(sleeve, bottom, depth, radius):
-        front = np.clip(z - neck[2], 0, None) / 0.08
-        plane = neck[1] + 0.030 - (0.030 + depth) * np.clip(front, 0, 1.2) + 0.5 * depth / 0.09 * np.abs(x) - y
+    def collar(depth, radius):
+        """> 0 below the neckline, metres."""
+        front = np.clip((z - neck[2]) / 0.08, 0, 1.2)
+        plane = neck[1] + 0.030 - (0.030 + depth) * front + 5.5 * depth * np.abs(x) - y
         around = np.hypot(x, z - neck[2]) - radius
+        return np.logaddexp(plane / 0.008, around / 0.008) * 0.008  # the smooth maximum
+
+    def upper(collar, sleeve, bottom):
         end = np.interp(sleeve, [0, 1, 2], [shoulder, elbow, wrist])
-        return np.minimum(np.minimum(np.maximum(plane, around), end - np.abs(x)), np.where(body, y - bottom, -1.0))
+        return np.minimum(np.minimum(collar, end - np.abs(x)), np.where(body, y - bottom, -1.0))
 
     arm = np.clip((np.abs(x) - shoulder) / (wrist - shoulder), 0, 1)
-    top = functools.partial(_cloth_paint, who.top)
-    hem = waist - 0.03 if who.skirt else hip + 0.01
-    hang = (0.006 + 0.014 * who.ease) * np.exp(-(((y - waist - 0.02) / 0.09) ** 2)) * (np.abs(x) < 0.25)
+    hem = waist - 0.06 if who.skirt else hip + 0.01  # tucked into a skirt
+    hang = (
+        (0.006 + 0.014 * who.ease) * np.exp(-(((y - waist - 0.02) / 0.09) ** 2)) * (np.abs(x) < 0.25) * (not who.skirt)
+    )
     loosened = ease + 0.004 + 0.008 * who.ease * arm + hang
-    wear(upper(who.sleeve, hem, who.neckline, 0.072), loosened, top)
+    edge = collar(who.neckline, 0.072)
+    fitted = loosened * np.clip(0.25 + edge / 0.04, 0, 1)  # clothes lie close at the neck
+    wear(upper(edge, who.sleeve, hem), fitted, functools.partial(_cloth_paint, who.top))
     if who.jacket:
         opening = np.where(z > neck[2] - 0.01, np.abs(x) - 0.045 - 0.10 * np.clip(y - joints[9, 1], 0, None), 1.0)
-        field = np.minimum(upper(1.93, hip - 0.02, 0.0, 0.078), opening)
-        wear(field, loosened + 0.008, functools.partial(_cloth_paint, who.jacket), margin=0.03)
+        field = np.minimum(upper(collar(0.0, 0.078), 1.93, waist + 0.015 if who.skirt else hip - 0.02), opening)
+        wear(field, fitted + 0.008, functools.partial(_cloth_paint, who.jacket), margin=0.03)
 
     _hair(figure, who, wear, loose)
     return layers, loose, hidden
@@ -328,17 +334,22 @@ def _hair(figure: _Figure, who: Identity, wear, loose: list[_Loose]) -> None:
     top = (figure.crown - figure.eyes[1]) / figure.pupil_distance
     paint = functools.partial(_hair_paint, figure, who)
     # The hairline: above the brow in front, around the ears, down to the nape.
-    front = y - 0.52 * top - 0.10 * np.cos(2.2 * x)
+    fringe = who.hair_style in ("bob", "long")
+    side = np.abs(x)
+    front = y - (0.50 if fringe else 0.62) * top + 0.25 * np.clip(side - 0.55, 0, None) + 0.02 * np.sin(23 * x)
     nape = -0.9 if who.hair_style in ("bob", "long", "short", "ponytail", "bun") else -0.5
     rear = np.minimum(y - nape, back - 0.02 + 0.25 * np.clip(y, -1, 1))
     field = np.where(figure.head > 0.3, np.maximum(front, rear), -1.0) * figure.pupil_distance
+    if not fringe:  # ears show
+        ear = (np.abs(figure.canonical) * [1, 0, 0] + figure.canonical * [0, 1, 1] - figure.ear) / (0.020, 0.036, 0.024)
+        field = np.minimum(field, 0.02 * (np.linalg.norm(ear, axis=1) - 1))
     if who.hair_style == "cap":
         wear(field, 0.004, paint)
-        field = np.where(figure.head > 0.3, (y - 0.42 * top + 0.16 * back) * figure.pupil_distance, -1.0)
+        field = np.where(figure.head > 0.3, (y - 0.42 * top) * figure.pupil_distance, -1.0)
         wear(field, 0.009, functools.partial(_cloth_paint, who.shoes), margin=0.02)
         loose.append(_brim(figure, who))
         return
-    lift = {"cropped": 0.004, "short": 0.016, "bob": 0.018, "long": 0.016, "bun": 0.010, "ponytail": 0.010}
+    lift = {"cropped": 0.004, "short": 0.011, "bob": 0.018, "long": 0.016, "bun": 0.010, "ponytail": 0.010}
     rise = np.clip(field / 0.05, 0, 1)
     wear(field, 0.003 + lift[who.hair_style] * rise, paint, margin=0.015)
     if who.hair_style in ("bob", "long"):
@@ -399,7 +410,7 @@ def _sheet(rings: np.ndarray, weights: np.ndarray, closed: bool, paint) -> _Loos
     points = rings.reshape(-1, 3)
     # Turn the faces outward, then add the inner side just beneath.
     centre = rings.mean(1, keepdims=True)
-    normal = _plain_normals(points, outer)
+    normal = vertex_normals(torch.from_numpy(points), torch.from_numpy(outer)).numpy()
     if (normal * (rings - centre).reshape(-1, 3)).sum() < 0:
         outer, normal = outer[:, ::-1], -normal
     inner = points - 0.004 * normal
@@ -420,7 +431,7 @@ def _skirt(figure: _Figure, waist: float, hem: float, ease: float, paint) -> _Lo
         points = figure.shaped[trunk & (np.abs(y - level) < 0.03)]
         axis = figure.shaped_joints[0, 2]
         support = (points[:, [0, 2]] - [0, axis]) @ direction.T
-        reach = np.maximum(reach + (flare * (levels[0] - levels[1]) if k > 4 else 0), support.max(0) + 0.010)
+        reach = np.maximum(reach + (flare * (levels[0] - levels[1]) if k > 4 else 0), support.max(0) + 0.020)
         ring = reach[:, None] * direction
         height = np.interp(level, np.sort(y[trunk]), np.sort(figure.shaped[trunk, 1]))
         rings.append(np.stack([ring[:, 0], np.full(len(angles), height), ring[:, 1] + axis], 1))
@@ -447,8 +458,8 @@ def _curtain(figure: _Figure, length: float, paint) -> _Loose:
     reach = np.zeros(len(angles))
     for drop in drops:
         slab = head[np.abs(head[:, 1] - eyes[1] - max(drop, -0.03)) < 0.02]
-        support = ((slab[:, [0, 2]] - [0, middle]) @ direction.T).max(0) + 0.016
-        reach = np.maximum(reach, support)
+        support = ((slab[:, [0, 2]] - [0, middle]) @ direction.T).max(0)
+        reach = np.maximum(reach, support + np.interp(drop, [-0.03, 0.055], [0.018, 0.002]))
         fall = max(-drop - 0.05, 0)
         wide = reach + 0.10 * fall * np.abs(np.cos(angles))
         ring = wide[:, None] * direction
@@ -474,7 +485,7 @@ def _brim(figure: _Figure, who: Identity) -> _Loose:
     """The visor of a cap."""
     eyes = figure.shaped_joints[[23, 24]].mean(0)
     head = figure.shaped[figure.head > 0.5]
-    level = eyes[1] + 0.36 * (figure.crown - figure.eyes[1])
+    level = eyes[1] + 0.43 * (figure.crown - figure.eyes[1])
     slab = head[np.abs(head[:, 1] - level) < 0.02]
     angles = np.linspace(np.radians(35), np.radians(145), 24)
     direction = np.stack([np.cos(angles), np.sin(angles)], 1)
@@ -553,7 +564,7 @@ def _skin_paint(figure: _Figure, who: Identity, points: np.ndarray) -> np.ndarra
 def _hair_paint(figure: _Figure, who: Identity, points: np.ndarray) -> np.ndarray:
     x, y, z = (points - figure.eyes).T
     turn = np.arctan2(x, z - figure.skull + figure.eyes[2])  # strands fall from the crown
-    strand = np.sin(46 * turn + 3 * np.sin(35 * y)) + np.sin(79 * turn + 4 * np.sin(23 * y + 1))
+    strand = np.sin(46 * turn + 0.8 * np.sin(35 * y)) + np.sin(79 * turn + np.sin(23 * y + 1))
     return np.asarray(who.hair) * (1 + 0.09 * strand[:, None])
 
 
@@ -568,8 +579,9 @@ def _shoe_paint(figure: _Figure, cloth: Cloth):
 
 def _cloth_paint(cloth: Cloth, points: np.ndarray) -> np.ndarray:
     x, y, z = points.T
-    along = np.where(np.abs(x) > 0.25, np.abs(x), y)  # down the trunk or legs, out along the arms of the rest pose
-    around = np.where(np.abs(x) > 0.25, y, x)
+    arm = (np.abs(x) > 0.25) & (y > -0.15)
+    along = np.where(arm, np.abs(x), y)  # down the trunk or legs, out along the arms of the rest pose
+    around = np.where(arm, y, x)
     period = cloth.repeat
     if cloth.pattern == "stripe":
         second = _ramp(np.abs((along / period) % 1 - 0.5) - 0.28, 0.03)
@@ -577,23 +589,9 @@ def _cloth_paint(cloth: Cloth, points: np.ndarray) -> np.ndarray:
         second = 0.4 * _ramp(np.abs((along / period) % 1 - 0.5) - 0.26, 0.03)
         second = second + 0.4 * _ramp(np.abs((around / period) % 1 - 0.5) - 0.26, 0.03)
     elif cloth.pattern == "print":
-        badge = np.maximum(np.abs(x) - 1.2 * period, np.abs(y + 0.04 - 0.0) - 0.8 * period)
+        badge = np.maximum(np.abs(x) - 1.2 * period, np.abs(y + 0.04) - 0.8 * period)
         second = _ramp(-badge, 0.004) * (z > 0)[:, None]
     else:
         second = np.zeros((len(points), 1))
     fold = np.sin(19 * along + 2.5 * np.sin(14 * around + 9 * z)) * np.sin(11 * around + 16 * z + 2 * np.sin(9 * along))
     return _mix(np.broadcast_to(cloth.colour, points.shape), cloth.second, second) * (1 + 0.06 * fold[:, None])
-
-
-def _plain_normals(points: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    return _vertex_normals(torch.from_numpy(points)[None], torch.from_numpy(faces))[0].numpy()
-
-
-def _vertex_normals(vertices: torch.Tensor, faces: torch.Tensor) -> torch.Tensor:
-    """Unit normals (T, V, 3) of vertices (T, V, 3)."""
-    a, b, c = vertices.index_select(1, faces.T.reshape(-1)).unflatten(1, (3, -1)).unbind(1)
-    normal = torch.linalg.cross(b - a, c - a)
-    total = torch.zeros_like(vertices)
-    for corner in range(3):
-        total.index_add_(1, faces[:, corner], normal)
-    return torch.nn.functional.normalize(total, dim=-1)
