@@ -230,7 +230,7 @@ class _Figure:
         shaped, shaped_joints = body.shaped(betas)
         self.canonical, self.joints = zero.cpu().numpy().astype(np.float64), zero_joints.cpu().numpy().astype(float)
         self.shaped, self.shaped_joints = shaped.cpu().numpy().astype(float), shaped_joints.cpu().numpy().astype(float)
-                self.head = self.weights[:, [15, 22, 23, 24]].sum(1)
+        self.head = self.weights[:, [15, 22, 23, 24]].sum(1)
         self.eyes = self.joints[[23, 24]].mean(0)
         self.pupil_distance = abs(self.joints[23, 0] - self.joints[24, 0])
         head = self.canonical[self.head > 0.5]
