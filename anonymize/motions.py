@@ -293,8 +293,8 @@ def _clap(p: _Performance) -> None:
     height, wide = p.rng.uniform(-0.2, 0.0), p.rng.uniform(0.2, 0.32)
     weight = p.ready()
     for s in SIDES:
-        to = np.stack([-0.135 + wide * apart, height + 0 * apart, p.vary(0.34, 0.02) + 0 * apart], -1)
-        p.move_hand(s, to, weight, elbow=(0.9, -1, -0.3), twist=0.1, curl=0.12)
+        to = np.stack([-0.10 + wide * apart, height + 0 * apart, p.vary(0.37, 0.02) + 0 * apart], -1)
+        p.move_hand(s, to, weight, elbow=(0.6, -1, -0.4), twist=0.1, curl=0.12)
 
 
 def _drink(p: _Performance) -> None:

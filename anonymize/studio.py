@@ -147,8 +147,8 @@ def plan(config: StudioConfig) -> list[Take]:
     takes = []
     for index in range(config.videos):
         rng = np.random.default_rng([config.seed, index, 0])
-        block = index // len(actions)
-        split = "test" if int((block + 1) * config.test_fraction) > int(block * config.test_fraction) else "train"
+        turn = index // len(actions) + index % len(actions)  # so that even a few takes have both splits
+        split = "test" if int((turn + 1) * config.test_fraction) > int(turn * config.test_fraction) else "train"
         pool = (
             pools[split] if config.disjoint_subjects and 0 < config.test_fraction < 1 else np.arange(config.identities)
         )
@@ -378,6 +378,8 @@ def _claim(out: pathlib.Path, config: StudioConfig) -> None:
     """Notes in the folder what is filmed there; only the number of videos may change later."""
     wanted = configuration.resolved(dataclasses.replace(config, out="", videos=1))
     note = out / "studio.yaml"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file, expected a folder")
     if note.exists():
         found = yaml.safe_load(note.read_text())
         if found != wanted:

@@ -118,6 +118,12 @@ def test_another_config_is_refused(filmed):
         studio.generate(config(filmed, seed=3))
 
 
+def test_a_file_is_not_a_folder(tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(UserError, match="is a file"):
+        studio.generate(config(tmp_path / "out"))
+
+
 def test_two_layer_dataset(tmp_path):
     small = config(tmp_path, videos=3, actions="public", layers=True, second_person=0.0)
     studio.generate(small)
