@@ -259,7 +259,7 @@ def tiles(table: Sequence[Row], summary: Mapping[str, Any] | None) -> list[dict[
     if shown.composite:
         made.append((percent(shown.composite.mean), f"accuracy on the composite, {shown.name}"))
     if row and row.public_view:
-        made.append((percent(row.public_view.mean), "of it when the scene is blanked (public view)"))
+        made.append((percent(row.public_view.mean), "with the scene blanked (public view), same model"))
     if summary:
         made += [(str(item["value"]), item["text"]) for item in summary["tally"][:3]]
     return [{"value": value, "text": text} for value, text in made]

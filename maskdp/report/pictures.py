@@ -16,9 +16,9 @@ from maskdp import layers
 
 ORIGINAL = "original"
 
-HEIGHT = 144
+HEIGHT = 192
 """Pixels a frame is scaled down to."""
-FRAMES = 12
+FRAMES = 16
 """Frames of a sprite sheet, spread evenly over the clip."""
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 
@@ -51,7 +51,7 @@ class Filmstrip:
     ratio: float
 
 
-def sprite_sheet(frames: UInt8[np.ndarray, "t h w c"], height: int = HEIGHT, quality: int = 55) -> str:
+def sprite_sheet(frames: UInt8[np.ndarray, "t h w c"], height: int = HEIGHT, quality: int = 62) -> str:
     """The frames side by side in one WebP image (alpha kept), as a `data:` address."""
     width = max(1, round(frames.shape[2] * height / frames.shape[1]))
     # Premultiplied while scaling, or the black under alpha = 0 would darken the avatar's edge.
