@@ -13,6 +13,7 @@ import pathlib
 import secrets
 import stat
 import tempfile
+from typing import TextIO
 
 import jax
 import jax.numpy as jnp
@@ -86,17 +87,23 @@ class RunSecret:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode) or stat.S_IMODE(status.st_mode) & 0o077:
                 raise UserError(f"{path}: mode {stat.S_IMODE(status.st_mode):04o}, expected a file of mode 0600")
-            try:
-                entry = json.load(file)
-                loaded = cls(bytes.fromhex(entry["secret"]), run_id, config_hash, data_fingerprint)
-                format_, binding = entry["format"], bytes.fromhex(entry["binding"])
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path}: not a run secret") from None
-        if format_ != _FORMAT:
-            raise UserError(f"{path}: format {format_!r}, expected {_FORMAT!r}")
+            loaded, binding = cls._read(file, run_id, config_hash, data_fingerprint)
+        if loaded is None:
+            raise UserError(f"{path}: expected a {_FORMAT!r} file")
         if not hmac.compare_digest(binding, loaded._binding):
             raise UserError(f"{path}: made for another run, config or dataset than {run_id}; its keys are refused here")
         return loaded
+
+    @classmethod
+    def _read(cls, file: TextIO, *bound_to: str) -> "tuple[RunSecret, bytes] | tuple[None, None]":
+        """The secret and the binding in a file; it returns rather than raises, so no traceback holds what was read."""
+        try:
+            entry = json.load(file)
+            if entry["format"] == _FORMAT:
+                return cls(bytes.fromhex(entry["secret"]), *bound_to), bytes.fromhex(entry["binding"])
+        except (ValueError, KeyError, TypeError):
+            pass
+        return None, None
 
     def key(self, purpose: str, step: int) -> jax.Array:
         """() typed `threefry2x32` key for one purpose and step. 64 bits."""

@@ -251,8 +251,7 @@ class Mechanism:
         Raises:
             UserError: `delta` is not inside (0, 1).
         """
-        if not 0 < delta < 1:
-            raise UserError(f"delta: {delta}, expected a number between 0 and 1")
+        _check_delta(delta)
         if self.sensitivity == 0:
             return Epsilon(0.0, 0.0, 0.0, delta, self._words())
         if self.sensitivity == math.inf or self.noise_multiplier == 0:
@@ -392,6 +391,7 @@ def calibrate(
     """
     if not 0 < epsilon < math.inf:
         raise UserError(f"epsilon: {epsilon}, expected a number above 0")
+    _check_delta(delta)
     if mechanism.sensitivity in (0, math.inf):
         raise UserError(f"objective: {mechanism.objective} has no noise to calibrate")
 
@@ -483,6 +483,11 @@ def _smallest_epsilon(delta_of: Callable[[float], float], delta: float) -> float
         middle = (safe + unsafe) / 2
         unsafe, safe = (unsafe, middle) if delta_of(middle) <= delta else (middle, safe)
     return safe
+
+
+def _check_delta(delta: float) -> None:
+    if not 0 < delta < 1:
+        raise UserError(f"delta: {delta}, expected a number between 0 and 1")
 
 
 def _padded(units: np.ndarray, slots: int) -> np.ndarray:

@@ -1,0 +1,84 @@
+import json
+
+import pytest
+
+from maskdp.errors import UserError
+from maskdp_jax import account
+from maskdp_jax.mechanism import Mechanism
+
+KEYS = {
+    "noise_multiplier",
+    "epsilon",
+    "epsilon_pld",
+    "epsilon_rdp",
+    "delta",
+    "sampling_prob",
+    "steps",
+    "sensitivity",
+    "event",
+}
+
+
+def run(capsys, words: str) -> dict:
+    assert account.main([*words.split(), "--json"]) == 0
+    return json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_noise_for_an_epsilon_and_back(capsys):
+    run_ = "--n 1000 --batch 50 --epochs 5 --delta 1e-6 --sampling shared_poisson"
+    found = run(capsys, f"{run_} --epsilon 2")
+    assert set(found) == KEYS
+    assert found["steps"] == 100
+    assert found["sampling_prob"] == 0.05
+    assert 1.99 < found["epsilon"] <= 2
+    back = run(capsys, f"{run_} --noise_multiplier {found['noise_multiplier']!r}")
+    assert back == found
+    mechanism = Mechanism(1000, 50, 100, sampling="shared_poisson", noise_multiplier=found["noise_multiplier"])
+    assert mechanism.epsilon(1e-6).value == found["epsilon"]
+
+
+def test_what_cannot_be_had_is_null(capsys):
+    words = "--n 1000 --batch 50 --steps 10 --noise_multiplier 3"
+    shared = run(capsys, f"{words} --sampling shared_poisson")
+    assert shared["epsilon"] > 0
+    assert shared["epsilon_pld"] is None
+    assert shared["epsilon_rdp"] is None
+    swapped = run(capsys, f"{words} --adjacency replace")
+    assert swapped["sensitivity"] == 2
+    assert swapped["epsilon_pld"] == swapped["epsilon"]
+    assert swapped["epsilon_rdp"] is None
+    plain = run(capsys, "--n 1000 --batch 50 --steps 10 --objective sgd")
+    assert plain["epsilon"] is None
+    assert plain["sensitivity"] is None
+    assert run(capsys, "--n 1000 --batch 50 --steps 10 --objective public_only")["epsilon"] == 0
+
+
+def test_table_is_readable(capsys):
+    words = "--n 1000 --batch 50 --steps 10 --noise_multiplier 3 --sampling shared_epochs"
+    account.main(words.split())
+    printed = capsys.readouterr().out
+    assert all(key in printed for key in KEYS)
+    assert max(map(len, printed.splitlines())) < 120
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--batch 50 --steps 10 --epsilon 1", ".n:"),
+        ("--n 1000 --batch 50 --epsilon 1", "epochs, steps"),
+        ("--n 1000 --batch 50 --steps 10 --epochs 1 --epsilon 1", "epochs, steps"),
+        ("--n 1000 --batch 50 --steps 10", "epsilon, noise_multiplier"),
+        ("--n 1000 --batch 50 --steps 10 --epsilon 1 --noise_multiplier 1", "epsilon, noise_multiplier"),
+        ("--n 10 --batch 50 --steps 10 --epsilon 1", "batch_size"),
+        ("--n 1000 --batch 50 --steps 10 --epsilon -1", "epsilon"),
+        ("--n 1000 --batch 50 --steps 10 --epsilon 1 --delta 0", "delta"),
+        ("--n 1000 --batch 50 --steps 10 --epsilon 1 --adjacency none", "adjacency"),
+        ("--n 1000 --batch 50 --steps 10 --epsilon 1 --adjacency remove", "remove"),
+        ("--n 1000 --batch 50 --steps 10 --epsilon 1 --colour red", "colour"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_them(words, named):
+    with pytest.raises(UserError) as refusal:
+        account.main(words.split())
+    assert named in str(refusal.value)
+    assert "\n" not in str(refusal.value)
