@@ -12,7 +12,9 @@ from maskdp import layers
 from maskdp.errors import UserError
 
 torch.set_num_threads(1)
-SMALL = studio.StudioConfig(out="", videos=4, identities=3, rooms=4, frames=4, fps=4.0, size=64, second_person=1.0)
+SMALL = studio.StudioConfig(
+    out="", videos=4, identities=4, rooms=4, frames=4, fps=4.0, size=64, second_person=1.0, test_fraction=0.5
+)
 
 
 def config(folder, **changes):
@@ -27,7 +29,7 @@ def filmed(tmp_path_factory):
 
 
 def test_the_plan_is_balanced_and_keeps_subjects_apart():
-    big = dataclasses.replace(SMALL, videos=400, identities=12, rooms=24, second_person=0.1)
+    big = dataclasses.replace(SMALL, videos=400, identities=12, rooms=24, second_person=0.1, test_fraction=0.25)
     takes = studio.plan(big)
     assert takes[:50] == studio.plan(dataclasses.replace(big, videos=50))
     for split, share in (("train", 30), ("test", 10)):
