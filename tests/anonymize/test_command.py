@@ -1,0 +1,297 @@
+"""`maskdp anonymize` as a user runs it: bad files beside good ones, broken-off runs, secrets.
+
+The finder here takes whatever is red for a person, so that the videos can be small; everything else is the real thing.
+"""
+
+import csv
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import av
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from anonymize import command, motions, pipeline, video
+from anonymize.body import Body
+from anonymize.camera import Camera
+from anonymize.fit import FitConfig
+from anonymize.people import FinderConfig, People, Person
+from anonymize.render import silhouette
+from maskdp import cli, layers
+
+WIDTH, HEIGHT, FRAMES = 96, 64, 6
+SMALL = ["--fit.library", "300", "--fit.steps", "4", "--video.short_side", "64"]
+
+
+class RedFinder:
+    """Takes whatever is red for one person."""
+
+    def __init__(self, config: FinderConfig):
+        pass
+
+    def find(self, frames: np.ndarray, fps: float) -> People:
+        masks = frames[..., 0].astype(int) - frames[..., 1] > 60
+        masks = np.stack([cv2.medianBlur(mask.astype(np.uint8), 3) > 0 for mask in masks])
+        removal = np.stack([cv2.dilate(mask.astype(np.uint8), np.ones((9, 9))) > 0 for mask in masks])
+        joints, boxes = np.zeros((len(masks), 14, 3), np.float32), np.zeros((len(masks), 4), np.float32)
+        person = Person(0, masks.any((1, 2)), boxes, masks, joints)
+        return People((person,) if masks.any() else (), removal, True, None, None, None, {"removed": removal.mean()})
+
+
+@pytest.fixture(autouse=True)
+def red_people(monkeypatch):
+    monkeypatch.setattr(pipeline, "EmbeddedFinder", RedFinder)
+
+
+def film(path: pathlib.Path, action: str | None = "wave", seed: int = 0, frames: int = FRAMES) -> pathlib.Path:
+    """A video of a red figure in a grey room; of the room alone where there is no action."""
+    scene = np.tile(np.linspace(60, 150, WIDTH, dtype=np.uint8)[:, None], (HEIGHT, 1, 3))
+    pictures = np.repeat(scene[None], frames, 0)
+    if action:
+        body = Body()
+        camera = Camera.look_at((0, 1.2, 4), (0, 0.9, 0), WIDTH, HEIGHT, 1.2 * WIDTH)
+        posed = body(torch.zeros(10), motions.ACTIONS[action](np.random.default_rng(seed), frames, 10.0))
+        for picture, vertices in zip(pictures, posed.vertices):
+            picture[silhouette(vertices, body.faces, camera).numpy()] = (220, 20, 20)
+    video.encode(path, pictures, 10.0, crf=8)
+    return path
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("films")
+    for action in ("wave", "squat", "walk"):
+        (folder / action).mkdir()
+        film(folder / action / "a.mp4", action)
+    return folder
+
+
+def records(out: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+
+
+def test_bad_files_beside_a_good_one(tmp_path, capfd):
+    """Each gives one clear line, the good one is finished, and the exit status is 1."""
+    good = film(tmp_path / "good.mp4")
+    whole = film(tmp_path / "whole.mp4", "walk", frames=30).read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+    (tmp_path / "text.mp4").write_text("this is not a video\n" * 50)
+    with av.open(str(tmp_path / "frameless.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        container.start_encoding()
+    film(tmp_path / "nobody.mp4", None)
+    bad = [str(tmp_path / name) for name in ("cut.mp4", "text.mp4", "frameless.mkv", "nobody.mp4", "missing.mp4")]
+    out = tmp_path / "out"
+    assert cli.main(["anonymize", *bad, str(good), "--out", str(out), *SMALL]) == 1
+    said = capfd.readouterr()
+    assert "Traceback" not in said.err
+    for path in bad:
+        assert len([line for line in said.err.splitlines() if path in line]) == 1, path
+    assert "1 clips written, 1 quarantined, 3 files failed" in said.out
+    assert "quarantined 1: no person found" in said.out
+    dataset = layers.Dataset(out)
+    assert [clip.source for clip in dataset["train"]] == [video.sha256(good)]
+    assert not list((out / "work").glob(".*"))  # nothing half written is left
+    assert sorted(r["status"] for r in records(out)) == ["failed"] * 3 + ["quarantined", "written"]
+    assert str(tmp_path) not in (out / "manifest.jsonl").read_text()
+    assert (out / "sheets" / f"{dataset['train'][0].clip_id}.jpg").exists()
+
+
+def test_quarantine_alone_is_no_failure(tmp_path, capfd):
+    out = tmp_path / "out"
+    assert cli.main(["anonymize", str(film(tmp_path / "nobody.mp4", None)), "--out", str(out), *SMALL]) == 0
+    said = capfd.readouterr()
+    assert "0 clips written, 1 quarantined" in said.out
+    assert not (out / layers.SHARDS).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to do"),
+        (["--out", "OUT"], "no PATH"),
+        (["missing.mp4"], "--out: missing"),
+        (["missing.mp4", "--out", "OUT"], "missing.mp4: no such file"),
+        (["missing.mp4", "--out", "OUT", "--colour", "red"], "--colour"),
+        (["missing.mp4", "--out", "OUT", "--fit.steps", "0"], "FitConfig.steps: 0"),
+        (["missing.mp4", "--out", "OUT", "--limits.max_blanked", "7"], "limits.max_blanked: 7"),
+        (["missing.mp4", "--out", "OUT", "--config_path", "none.yaml"], "none.yaml: no such config file"),
+        (["broken.csv", "--out", "OUT"], "entry 1 has no path"),
+        (["EMPTY", "--out", "OUT"], "no video in this folder"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_status_2(tmp_path, monkeypatch, capfd, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("EMPTY").mkdir()
+    pathlib.Path("broken.csv").write_text("file,label\na.mp4,wave\n")
+    assert cli.main(["anonymize", *arguments]) == 2
+    said = capfd.readouterr()
+    assert message in said.err
+    assert "Traceback" not in said.err
+    assert not pathlib.Path("OUT").exists()
+
+
+def test_manifest_gives_labels_subjects_scenes_and_splits(films, tmp_path):
+    rows = [
+        {"path": "wave/a.mp4", "label": "wave", "subject_ids": "ann;bob", "scene_id": "hall", "split": "test"},
+        {"path": "squat/a.mp4", "label": "squat", "subject_ids": "", "scene_id": "", "split": ""},
+    ]
+    with open(films / "list.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    (films / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    taken = [
+        command.gather([str(films / name)], command.AnonymizeConfig(out="x").dataset)
+        for name in ("list.csv", "list.jsonl")
+    ]
+    assert taken[0] == taken[1]
+    out = tmp_path / "out"
+    assert cli.main(["anonymize", str(films / "list.csv"), "--out", str(out), *SMALL]) == 0
+    dataset = layers.Dataset(out)
+    assert dataset.labels == ["squat", "wave"]
+    (wave,), (squat,) = dataset["test"], dataset["train"]
+    assert (wave.label, wave.subject_ids, wave.scene_id) == (1, ("ann", "bob"), "hall")
+    assert (squat.label, squat.subject_ids, squat.scene_id) == (0, (), squat.video_id)
+
+
+def test_folders_label_where_asked_and_long_videos_become_several_clips(films, tmp_path):
+    out = tmp_path / "out"
+    options = ["--dataset.label_from", "folder", "--video.max_frames", "4", "--dataset.private_format", "png"]
+    assert cli.main(["anonymize", str(films), "--out", str(out), *SMALL, *options]) == 0
+    dataset = layers.Dataset(out)
+    assert dataset.labels == ["squat", "walk", "wave"]
+    assert sorted((clip.label, clip.frames) for clip in dataset["train"]) == [(i, n) for i in range(3) for n in (2, 4)]
+    assert len({clip.video_id for clip in dataset["train"]}) == 3
+    for record in records(out):
+        work = command.read_work(out / "work" / f"{record['clip_id']}.npz")
+        clip = next(c for c in dataset["train"] if c.clip_id == record["clip_id"]).clip()
+        assert np.array_equal(work[0], clip.rgba)  # lossless all the way
+        assert np.array_equal(work[1], clip.private)
+
+
+def test_public_shards_do_not_change_when_the_scene_does(tmp_path):
+    """Non-interference through the command: other background pixels, the same person, the same public bytes."""
+    layer = []
+    for shade in (0, 60):
+        folder = tmp_path / str(shade)
+        folder.mkdir()
+        body, camera = Body(), Camera.look_at((0, 1.2, 4), (0, 0.9, 0), WIDTH, HEIGHT, 1.2 * WIDTH)
+        posed = body(torch.zeros(10), motions.ACTIONS["wave"](np.random.default_rng(0), 3, 10.0))
+        pictures = np.random.default_rng(shade).integers(shade, shade + 30, (3, HEIGHT, WIDTH, 1), np.uint8)
+        pictures = np.repeat(pictures, 3, 3)
+        for picture, vertices in zip(pictures, posed.vertices):
+            picture[silhouette(vertices, body.faces, camera).numpy()] = (255, 20, 20)
+        with av.open(str(folder / "a.mkv"), "w") as container:
+            stream = container.add_stream("ffv1", rate=10)
+            stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "bgr0"
+            for picture in pictures:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode(None))
+        secret = tmp_path / "secret"
+        secret.write_bytes(bytes(range(32)))
+        arguments = [str(folder / "a.mkv"), "--out", str(folder / "out"), "--wardrobe_secret", str(secret), *SMALL]
+        assert cli.main(["anonymize", *arguments]) == 0
+        layer.append(layers.Dataset(folder / "out")["train"].clip(0))
+    assert layer[0].rgba.tobytes() == layer[1].rgba.tobytes()
+    assert not np.array_equal(layer[0].private, layer[1].private)
+    assert layer[0].source != layer[1].source
+
+
+def run(*arguments) -> subprocess.Popen:
+    """The command in a process of its own, with the finder of this file."""
+    return subprocess.Popen([sys.executable, __file__, *map(str, arguments)])
+
+
+def test_a_killed_run_goes_on_to_the_same_shards_and_the_secret_stays_where_it_is(films, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert cli.main(["anonymize", str(films), "--out", str(whole), *SMALL]) == 0
+    secret = (whole / "wardrobe.secret").read_bytes()
+    assert (whole / "wardrobe.secret").stat().st_mode & 0o777 == 0o600
+    broken.mkdir()
+    command.wardrobe_secret(broken / "wardrobe.secret", create=True)
+    (broken / "wardrobe.secret").write_bytes(secret)
+
+    child = run(films, "--out", broken, "--workers", 2, *SMALL)
+    while not list((broken / "work").glob("[0-9a-f]*.json")):
+        assert child.poll() is None
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    first = {file: file.stat().st_mtime_ns for file in (broken / "work").glob("[0-9a-f]*.npz")}
+    assert len(list((broken / "work").glob("[0-9a-f]*.json"))) < 3
+    assert not (broken / layers.SHARDS).exists()
+    assert cli.main(["anonymize", str(films), "--out", str(broken), *SMALL]) == 0
+    kept = next(iter(first))
+    assert kept.stat().st_mtime_ns == first[kept]
+    assert layers.Dataset(broken).fingerprint() == layers.Dataset(whole).fingerprint()
+    for file in whole.rglob("*"):
+        if file.is_file() and file.name != "wardrobe.secret":
+            data = file.read_bytes()
+            assert secret not in data, file
+            assert secret.hex().encode() not in data.lower(), file
+
+
+def test_other_settings_or_another_file_are_not_taken_for_finished_work(films, tmp_path):
+    out, file = tmp_path / "out", tmp_path / "a.mp4"
+    file.write_bytes((films / "wave" / "a.mp4").read_bytes())
+    arguments = ["anonymize", str(file), "--out", str(out), *SMALL]
+    assert cli.main(arguments) == 0
+    work = next((out / "work").glob("*.npz"))
+    first = work.stat().st_mtime_ns
+    assert cli.main(arguments) == 0
+    assert work.stat().st_mtime_ns == first
+    assert cli.main([*arguments, "--fit.steps", "5"]) == 0
+    second = work.stat().st_mtime_ns
+    assert second > first
+    file.write_bytes((films / "walk" / "a.mp4").read_bytes())
+    assert cli.main([*arguments, "--fit.steps", "5"]) == 0
+    assert work.stat().st_mtime_ns > second
+    assert layers.Dataset(out)["train"][0].source == video.sha256(file)
+
+
+def test_two_runs_do_not_write_into_one_folder(films, tmp_path, capfd):
+    out = tmp_path / "out"
+    out.mkdir()
+    with command._alone(out):
+        assert cli.main(["anonymize", str(films), "--out", str(out)]) == 2
+    assert "another maskdp anonymize is writing here" in capfd.readouterr().err
+
+
+def test_equal_names_in_two_folders_get_two_keys(films):
+    settings = command.AnonymizeConfig(out="x").dataset
+    sources, problems = command.gather([str(films / "wave"), str(films / "wave")], settings)
+    assert not problems
+    assert len({source.name for source in sources}) == len(sources) == 2
+    assert command.video_key(b"s" * 32, "a") != command.video_key(b"t" * 32, "a")
+
+
+def test_a_secret_of_another_length_is_refused(films, tmp_path, capfd):
+    (tmp_path / "secret").write_bytes(b"short")
+    arguments = ["--out", str(tmp_path / "out"), "--wardrobe_secret", str(tmp_path / "secret")]
+    assert cli.main(["anonymize", str(films), *arguments]) == 2
+    assert "5 bytes, expected 32" in capfd.readouterr().err
+
+
+def test_settings_survive_a_round_trip_through_the_written_config(films, tmp_path):
+    out = tmp_path / "out"
+    assert cli.main(["anonymize", str(films / "wave"), "--out", str(out), *SMALL]) == 0
+    written = command.config.parse(command.AnonymizeConfig, ["--config_path", str(out / "config.yaml")], "anonymize")
+    assert (written.out, written.fit.steps, written.video.short_side) == (str(out), 4, 64)
+    assert written.pipeline_fingerprint == dataclasses.replace(written, workers=3).pipeline_fingerprint
+    assert written.pipeline_fingerprint != dataclasses.replace(written, fit=FitConfig()).pipeline_fingerprint
+
+
+if __name__ in ("__main__", "__mp_main__"):  # a process of `run`, or a worker of it
+    pipeline.EmbeddedFinder = RedFinder
+if __name__ == "__main__":
+    sys.exit(cli.main(["anonymize", *sys.argv[1:]]))
