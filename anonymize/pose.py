@@ -1,6 +1,7 @@
 """`Pose`: the SMPL-X parameters of one person over time."""
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
@@ -24,7 +25,7 @@ class Pose:
     right_hand_pose: np.ndarray
     jaw_pose: np.ndarray
 
-    WIDTHS = dict(global_orient=3, body_pose=63, transl=3, left_hand_pose=45, right_hand_pose=45, jaw_pose=3)
+    WIDTHS: ClassVar = dict(global_orient=3, body_pose=63, transl=3, left_hand_pose=45, right_hand_pose=45, jaw_pose=3)
 
     def __post_init__(self):
         for name, width in self.WIDTHS.items():
