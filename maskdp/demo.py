@@ -14,7 +14,16 @@ from collections.abc import Sequence
 from maskdp import atomic, config, process
 from maskdp.errors import UserError
 
-OBJECTIVES = ("sgd", "public_only", "dp_sgd", "maskdp", "maskdp_residual", "maskdp_two_step")
+OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "maskdp": (),
+    "maskdp_residual": ("--objective.learning_rate", "0.001"),
+    "maskdp_two_step": ("--objective.learning_rate", "0.001"),
+    "dp_sgd": ("--objective.learning_rate", "0.001"),
+    "public_only": (),
+    "sgd": (),
+}
+"""What is trained, and what it needs besides the demo's config."""
+PRETRAINING = ("--objective.type", "sgd", "--optim.steps", "300", "--every.evaluate", "0")
 VIDEOS = 240
 STATE = "demo.json"
 
@@ -32,36 +41,52 @@ def stages(out: pathlib.Path, videos: int) -> list[Stage]:
 
     Args:
         out: folder of the demo.
-        videos: private videos to generate.
+        videos: private videos to film.
     """
-    raw, private, runs = (out / name for name in ("private_videos", "private", "runs"))
-    base = ("--config_path", str(config.bundled("demo.yaml")))
-    train = tuple(
-        Stage(
-            f"train {objective}",
-            (
-                *("train", *base, "--objective.type", objective),
-                *("--data.path", str(private), "--init", str(runs / "pretrained"), "--out", str(runs / objective)),
-            ),
-        )
-        for objective in OBJECTIVES
-    )
-    flagship = str(runs / "maskdp")
+    filmed, public, private, runs = (str(out / name) for name in ("filmed", "public", "private", "runs"))
+    train = ("train", "--config_path", str(config.bundled("demo.yaml")))
+    pretrained, flagship = f"{runs}/pretrained", f"{runs}/maskdp"
     return [
-        Stage("film the private videos", ("studio", "--out", str(raw), "--videos", str(videos))),
-        Stage("anonymize them", ("anonymize", str(raw / "manifest.csv"), "--out", str(private), "--workers", "2")),
+        Stage("film the private videos", ("studio", "--out", filmed, "--videos", str(videos))),
         Stage(
-            "pre-train on public data",
-            ("train", "--config_path", str(config.bundled("pretrain.yaml")), "--out", str(runs / "pretrained")),
-        ),
-        *train,
-        Stage("evaluate the masked-DP model", ("eval", flagship, "--data", str(private))),
-        Stage("audit it", ("audit", flagship)),
-        Stage(
-            "write the report",
+            "film public ones of other actions and people, to pre-train on",
             (
-                *("report", *(str(runs / objective) for objective in OBJECTIVES)),
-                *("--data", str(private), "--videos", str(raw / "videos"), "--out", str(out / "report.html")),
+                "studio",
+                "--out",
+                public,
+                "--videos",
+                str(videos),
+                "--actions",
+                "public",
+                "--seed",
+                "1",
+                "--layers",
+                "true",
+            ),
+        ),
+        Stage("anonymize", ("anonymize", f"{filmed}/manifest.csv", "--out", private, "--workers", "2")),
+        Stage(
+            "pre-train on the public ones",
+            (*train, *PRETRAINING, "--data.path", public, "--out", pretrained),
+        ),
+        *(
+            Stage(
+                f"train: {objective}",
+                (
+                    *(*train, "--objective.type", objective, *settings),
+                    *("--data.path", private, "--init", pretrained, "--out", f"{runs}/{objective}"),
+                ),
+            )
+            for objective, settings in OBJECTIVES.items()
+        ),
+        Stage("evaluate maskdp, class by class", ("eval", flagship, "--data", private)),
+        Stage("audit the dataset", ("audit", private)),
+        Stage("audit maskdp", ("audit", flagship)),
+        Stage(
+            "report",
+            (
+                *("report", *(f"{runs}/{objective}" for objective in OBJECTIVES)),
+                *("--data", private, "--videos", f"{filmed}/videos", "--out", str(out / "report.html")),
             ),
         ),
     ]

@@ -2,8 +2,9 @@
 
 import pytest
 
-from maskdp import cli, demo
+from maskdp import cli, config, demo
 from maskdp.errors import UserError
+from maskdp_jax.config import TrainConfig
 
 VERSION = demo.Stage("say the version", ("--version",))
 HELP = demo.Stage("help", ("--help",))
@@ -20,17 +21,19 @@ def test_every_stage_is_a_public_command(tmp_path):
     assert {"studio", "anonymize", "train", "eval", "audit", "report"} <= {stage.words[0] for stage in stages}
 
 
-def test_all_objectives_start_alike_and_stand_under_one_adjacency(tmp_path):
-    def settings(stage):
-        return {
-            key: value
-            for key, value in zip(stage.words[1::2], stage.words[2::2])
-            if key not in ("--out", "--objective.type")
-        }
+def test_objectives_start_alike_and_stand_under_one_claim(tmp_path):
+    own = {"--out", "--objective.type", "--objective.learning_rate"}
+    trained = [stage.words for stage in demo.stages(tmp_path, 40) if "--init" in stage.words]
+    settings = [{key: value for key, value in zip(words[1::2], words[2::2]) if key not in own} for words in trained]
+    assert len(trained) == len(demo.OBJECTIVES)
+    assert all(each == settings[0] for each in settings)
 
-    stages = [stage for stage in demo.stages(tmp_path, 40) if "--objective.type" in stage.words]
-    assert len(stages) == len(demo.OBJECTIVES)
-    assert all(settings(stage) == settings(stages[0]) for stage in stages)
+
+def test_every_training_command_parses(tmp_path):
+    for stage in demo.stages(tmp_path, 40):
+        if stage.words[0] == "train":
+            parsed = config.parse(TrainConfig, list(stage.words[1:]), "train")
+            assert not parsed.objective.private or parsed.objective.epsilon == 0.5
 
 
 def test_a_finished_stage_is_not_run_again(tmp_path, capfd):

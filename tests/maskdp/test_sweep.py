@@ -9,8 +9,9 @@ import time
 import numpy as np
 import pytest
 
-from maskdp import layers, sweep
+from maskdp import config, layers, sweep
 from maskdp.errors import UserError
+from maskdp_jax.config import TrainConfig
 
 
 def test_grid_is_the_cartesian_product_then_the_listed_runs():
@@ -55,6 +56,18 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, text, named):
     with pytest.raises(UserError, match=named) as caught:
         sweep.main(["--config_path", "sweep.yaml"])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", sorted(config.bundled("sweeps").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_run_of_a_shipped_sweep_parses(file, tmp_path):
+    shipped = config.parse(sweep.SweepConfig, ["--config_path", str(file), "--out", str(tmp_path)], "sweep")
+    points = sweep.points(shipped.grid, shipped.runs)
+    assert points
+    for point in points:
+        words = sweep.overrides(shipped.fixed | point)
+        base = str(config.bundled(shipped.base))
+        parsed = config.parse(TrainConfig, ["--config_path", base, *words, "--out", str(tmp_path)], "train")
+        assert parsed.objective.name == point["objective.type"]
 
 
 BASE = """
