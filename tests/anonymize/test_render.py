@@ -108,6 +108,13 @@ def test_alpha_is_coverage():
     np.testing.assert_allclose(alpha[5, 2], 0.75, atol=0.01)
 
 
+def test_colour_is_straight_not_premultiplied():
+    rgba = render([square(1.0, 0.275, (1, 0.5, 0.2))], 0, Camera(10, 10, 10), samples=8).rgba
+    partial = rgba[(rgba[..., 3] > 0) & (rgba[..., 3] < 255), :3].astype(int)
+    assert len(partial)
+    assert np.abs(partial - rgba[5, 5, :3]).max() <= 1
+
+
 def test_mesh_colours_are_looked_up_by_cell():
     mesh = square(1.0, 0.5, (1, 1, 1))
     colours = torch.zeros(2, 2, 2, 3)
