@@ -301,12 +301,11 @@ def cards(table: Sequence[Row]) -> list[dict[str, Any]]:
 
 def provenance(table: Sequence[Row], dataset) -> list[tuple[str, str]]:
     """Hashes and versions."""
-    first = table[0].runs[0]
-    facts = []
-    if dataset is not None:
-        facts.append(("dataset", dataset.fingerprint()))
-    facts.append(("trained on", ", ".join(sorted({str(run.result.get("data")) for row in table for run in row.runs}))))
-    return facts + [(name, str(version)) for name, version in first.result.get("versions", {}).items()]
+    trained = sorted({run.result["data"] for row in table for run in row.runs})
+    facts = [("trained on dataset", fingerprint) for fingerprint in trained]
+    if dataset is not None and [dataset.fingerprint()] != trained:
+        facts.append(("shown above", f"{dataset.fingerprint()}, not what all of the runs were trained on"))
+    return facts + list(table[0].runs[0].result["versions"].items())
 
 
 def every_run(runs: Sequence[Run]) -> list[dict[str, str]]:
