@@ -5,6 +5,7 @@ would have failed it.
 """
 
 import dataclasses
+import itertools
 import math
 
 import dp_accounting
@@ -145,6 +146,36 @@ def test_opposite_shifts_dominate_every_swap():
         assert integral <= bound + 5e-4
         closest = min(closest, bound - integral)
     assert closest < 5e-4  # opposite vectors of full length reach it
+
+
+@pytest.mark.parametrize(("adjacency", "terms"), [("zero_out", (1, 0)), ("replace", (1, -1))])
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_one_step_of_four_records_by_enumeration(adjacency, terms, slots):
+    """Every draw, every cut, every sign of the others' terms: none exceeds δ, and without a cut one reaches it."""
+    q, sigma = 0.5, 0.8
+    x, width = np.linspace(-9, 9, 4001, retstep=True)
+
+    def density(values: list[float]) -> np.ndarray:
+        chances = dict.fromkeys(range(-4, 5), 0.0)  # of each sum
+        for member in itertools.product([0, 1], repeat=4):
+            units = [i for i in range(4) if member[i]]
+            kept = list(itertools.combinations(units, min(len(units), slots)))
+            for subset in kept:
+                chances[sum(values[i] for i in subset)] += 1 / 16 / len(kept)
+        return sum(chance * stats.norm.pdf(x, mean, sigma) for mean, chance in chances.items())
+
+    pairs = [
+        [density([term, *others]) for term in terms]
+        for others in itertools.combinations_with_replacement([-1, 0, 1], 3)
+    ]
+    mechanism = Mechanism(4, 2, 1, adjacency=adjacency, noise_multiplier=sigma, max_batch=slots)
+    assert mechanism.sampling_prob == q
+    for epsilon in (0.1, 1.0, 2.0):
+        alpha = math.exp(epsilon)
+        worst = max(np.maximum(p - alpha * r, 0).sum() * width for a, b in pairs for p, r in ((a, b), (b, a)))
+        assert worst <= mechanism.delta(epsilon) + 1e-6
+        if slots == 4:
+            assert worst == pytest.approx(mechanism.delta(epsilon), rel=2e-3)
 
 
 def test_shared_poisson_is_the_mixture_with_the_identity():
