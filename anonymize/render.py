@@ -111,7 +111,7 @@ def silhouette(vertices: torch.Tensor, faces: torch.Tensor, camera: Camera) -> t
     """Whether a pixel's centre is covered: vertices (V, 3), faces (F, 3) → (H, W) bool."""
     xy, inverse = _project(vertices, camera, 1)
     corners = faces[_facing(xy, inverse, faces)]
-    _, row, start, stop = _spans(xy, corners, camera.width, camera.height)
+    _, row, start, stop = _spans(_corner_columns(xy, corners), camera.width, camera.height)
     step = torch.zeros(camera.height * (camera.width + 1), dtype=torch.int32, device=vertices.device)
     step += torch.bincount(row * (camera.width + 1) + start, minlength=len(step))
     step -= torch.bincount(row * (camera.width + 1) + stop, minlength=len(step))
@@ -147,9 +147,9 @@ def _facing(xy: torch.Tensor, inverse: torch.Tensor, faces: torch.Tensor) -> tor
     return ((area < 0) & (ai * bi * ci > 0)).nonzero()[:, 0]
 
 
-def _spans(xy: torch.Tensor, corners: torch.Tensor, width: int, height: int) -> tuple[torch.Tensor, ...]:
+def _spans(columns: tuple[torch.Tensor, ...], width: int, height: int) -> tuple[torch.Tensor, ...]:
     """The faces' scanline spans: face (S,), row (S,), first column (S,), last column + 1 (S,)."""
-    ax, ay, bx, by, cx, cy = _corner_columns(xy, corners)
+    ax, ay, bx, by, cx, cy = columns
 
     def ordered(px, py, qx, qy):
         swap = qy < py
@@ -202,8 +202,8 @@ def _expand(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _nearest(xy: torch.Tensor, inverse: torch.Tensor, corners: torch.Tensor, width: int, height: int):
     """The covered samples (N,), as row * width + column in ascending order, and the face (N,) that each shows."""
-    face, row, start, stop = _spans(xy, corners, width, height)
-    ax, ay, bx, by, cx, cy = _corner_columns(xy, corners)
+    ax, ay, bx, by, cx, cy = columns = _corner_columns(xy, corners)
+    face, row, start, stop = _spans(columns, width, height)
     ai, bi, ci = _take(corners.T.reshape(-1), inverse)[0].view(3, -1)
     # Inverse depth is affine on the screen.
     area = (bx - ax) * (cy - ay) - (cx - ax) * (by - ay)
