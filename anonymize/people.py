@@ -79,7 +79,7 @@ class FinderConfig:
         max_removed: mean part of the picture that may be removed.
         max_elsewhere: mean part of the picture that may move away from any person.
         least_agreement: overlap (IoU) of what the network sees at its two heights.
-        votes: frames at which HOG and the face detector look for people who are not covered.
+        looks: frames in which HOG and the face detector look for people.
     """
 
     every: int = 3
@@ -91,7 +91,7 @@ class FinderConfig:
     max_removed: float = 0.6
     max_elsewhere: float = 0.03
     least_agreement: float = 0.3
-    votes: int = 6
+    looks: int = 6
 
     def __post_init__(self):
         positive(self, "every", "threshold", "sure", "margin", "max_people", "max_removed")
@@ -121,7 +121,8 @@ class EmbeddedFinder:
         moved = cues.foreground(frames, background, known, light)
         known &= ~cues.ghosts(frames, background, moved)
         moved &= known
-        tracks = _tracks(votes, likely, moved, config, fps)
+        upright = {t: cues.hog_people(frames[t]) for t in cues.sample_times(len(frames), config.looks)}
+        tracks = _tracks(votes, likely, moved, upright, config, fps)
         removal = _grown(likely | moved, margin, down=margin) | _whole(~known, margin)
         for track in tracks:
             _add_boxes(removal, track, margin)
@@ -134,7 +135,9 @@ class EmbeddedFinder:
             "moved_elsewhere": round(float((moved & ~_grown(likely, 4 * margin)).mean()), 4),
             "agreement": round(votes.agreement, 4),
         }
-        return People(persons, removal, True, background, known, self._doubt(frames, tracks, removal, notes), notes)
+        return People(
+            persons, removal, True, background, known, self._doubt(frames, tracks, upright, removal, notes), notes
+        )
 
     def _votes(self, frames: np.ndarray, margin: float) -> "_Votes":
         """Two rounds: a few frames against the temporal median, then more against the background those leave free."""
@@ -145,7 +148,7 @@ class EmbeddedFinder:
         rough = np.stack([person_net.evaluate(net, frames[t], median, frames[max(t - 2, 0)], first)[0] for t in few])
         background, known = cues.background_model(frames[few], _grown(rough > self.config.threshold, margin))
         background = np.where(known[..., None], background, median)
-        times = cues.sample_times(len(frames), -(-len(frames) // self.config.every))
+        times = cues.sample_times(len(frames), max(-(-len(frames) // self.config.every), 16))
         probability, heat, overlap, union = [], [], 0, 0
         for t in times:
             previous = frames[max(t - 2, 0)]
@@ -157,7 +160,7 @@ class EmbeddedFinder:
             union += ((near > 0.5) | (far > 0.5)).sum()
         return _Votes(len(frames), times, np.stack(probability), heat, float(overlap / max(union, 1)))
 
-    def _doubt(self, frames: np.ndarray, tracks: list["_Track"], removal: np.ndarray, notes: dict) -> str | None:
+    def _doubt(self, frames, tracks: list["_Track"], upright: dict, removal: np.ndarray, notes: dict) -> str | None:
         config = self.config
         if not tracks:
             return "no person found"
@@ -170,9 +173,8 @@ class EmbeddedFinder:
             return f"{notes['moved_elsewhere']:.1%} of the picture moves where no person was seen"
         if notes["agreement"] < config.least_agreement:
             return "the person network disagrees with itself between scales"
-        for t in cues.sample_times(len(frames), config.votes):
-            for box in (*cues.hog_people(frames[t]), *cues.faces(frames[t])):
-                x0, y0, x1, y1 = box.round().astype(int).clip(0)
+        for t, boxes in upright.items():
+            for x0, y0, x1, y1 in np.concatenate([boxes, cues.faces(frames[t])]).round().astype(int).clip(0):
                 if removal[t, y0:y1, x0:x1].mean() < 0.4:
                     return f"a person or face seen in frame {t} is not covered"
         return None
@@ -214,9 +216,17 @@ class _Track:
         self.present = np.zeros(shape[0], bool)
         self.boxes = np.full((shape[0], 4), np.nan, np.float32)
         self.masks = np.zeros(shape, bool)
+        self.last = -1
+        self._support: list[float] = []
 
-    def add(self, t: int, mask: np.ndarray, box: np.ndarray) -> None:
-        self.present[t], self.boxes[t], self.masks[t] = True, box, mask
+    def add(self, t: int, mask: np.ndarray, box: np.ndarray, sure: np.ndarray) -> None:
+        self.present[t], self.boxes[t], self.masks[t], self.last = True, box, mask, t
+        self._support.append(float((mask & sure).sum() / mask.sum()))
+
+    def is_person(self, upright: dict[int, np.ndarray]) -> bool:
+        """Whether the network is sure of a good part of it over time, or a HOG box lies on it."""
+        seen = any(self.present[t] and _iou(box, self.boxes[t]) > 0.3 for t, boxes in upright.items() for box in boxes)
+        return seen or float(np.mean(self._support)) > 0.15
 
     def bridge(self) -> None:
         """Fills the frames between the first and the last with boxes interpolated in time and no outline."""
@@ -236,50 +246,56 @@ class _Track:
                 self.masks[t] = False
 
 
-def _tracks(votes: _Votes, likely: np.ndarray, moved: np.ndarray, config: FinderConfig, fps: float) -> list[_Track]:
-    """Blobs of each frame joined over time by the overlap of their boxes; gaps up to a second are bridged."""
+def _tracks(
+    votes: _Votes,
+    likely: np.ndarray,
+    moved: np.ndarray,
+    upright: dict[int, np.ndarray],
+    config: FinderConfig,
+    fps: float,
+) -> list[_Track]:
+    """Blobs of each frame joined over time by the overlap of their boxes; gaps up to a second are bridged.
+
+    A track is a person where the network is sure of a good part of it, or HOG sees somebody there (`upright`: boxes by
+    frame). Other moving things are removed all the same, but are nobody.
+    """
     total, height, width = likely.shape
     margin = config.margin * min(height, width)
     gap, least = max(round(fps), 1), max(round(0.3 * fps), 2)
     tracks: list[_Track] = []
-    last: list[int] = []
     for t in range(total):
         sure = votes.at(t) > config.sure
-        blobs = _blobs(sure | (moved[t] & cues.dilated(likely[t], margin)), sure, margin)
-        pairs = sorted(
-            ((_iou(box, track.boxes[last[k]]), k, b) for k, track in enumerate(tracks) if t - last[k] <= gap
-             for b, (_, box) in enumerate(blobs)),
-            reverse=True,
-        )  # fmt: skip
-        taken, used = set(), set()
-        for iou, k, b in pairs:
-            if iou > 0.1 and k not in used and b not in taken:
-                tracks[k].add(t, *blobs[b])
-                last[k] = t
-                used.add(k)
-                taken.add(b)
-        for b in set(range(len(blobs))) - taken:
+        blobs = _blobs(sure | (moved[t] & cues.dilated(likely[t], margin)), margin)
+        current = [track for track in tracks if t - track.last <= gap]
+        pairs = [
+            (_iou(box, track.boxes[track.last]), k, b)
+            for k, track in enumerate(current)
+            for b, (_, box) in enumerate(blobs)
+        ]
+        free = set(range(len(blobs)))
+        for overlap, k, b in sorted(pairs, reverse=True):
+            if overlap > 0.1 and b in free and current[k].last < t:
+                current[k].add(t, *blobs[b], sure)
+                free.remove(b)
+        for b in sorted(free):
             tracks.append(_Track(likely.shape))
-            tracks[-1].add(t, *blobs[b])
-            last.append(t)
-    tracks = [track for track in tracks if track.present.sum() >= least]
-    for track in tracks:
+            tracks[-1].add(t, *blobs[b], sure)
+    people = [track for track in tracks if track.present.sum() >= least and track.is_person(upright)]
+    for track in people:
         track.bridge()
         track.distrust_jumps()
-    return tracks
+    return people
 
 
-def _blobs(mask: np.ndarray, sure: np.ndarray, margin: float) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Masks and boxes (xyxy) of the pieces of a mask that hold a good part of sure pixels; near pieces are one."""
+def _blobs(mask: np.ndarray, margin: float, least: float = 0.002) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Masks and boxes (xyxy) of a mask's pieces of at least this part of the picture; near pieces are one."""
     count, labels = cv2.connectedComponents(cues.dilated(mask, margin).astype(np.uint8))
     found = []
     for label in range(1, count):
         piece = (labels == label) & mask
-        area = piece.sum()
-        if area < 0.0015 * mask.size or (piece & sure).sum() < 0.15 * area:
-            continue
-        x, y, w, h = cv2.boundingRect(piece.astype(np.uint8))
-        found.append((piece, np.array([x, y, x + w, y + h], np.float32)))
+        if piece.sum() > least * mask.size:
+            x, y, w, h = cv2.boundingRect(piece.astype(np.uint8))
+            found.append((piece, np.array([x, y, x + w, y + h], np.float32)))
     return found
 
 
