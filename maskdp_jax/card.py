@@ -42,10 +42,12 @@ def make(
         init: where the start weights come from, None for random ones.
 
     Guarantees:
-        ε comes from `mechanism.epsilon` alone. A masked objective gets none on a dataset of `context: scene`.
+        ε comes from `mechanism.epsilon` alone. On a dataset of `context: scene` the public layer depends on the private
+        one, and only `remove`, which takes both away, states an ε.
     """
     epsilon = mechanism.epsilon(config.objective.delta)
-    claims = config.objective.private and not (config.objective.masked and data["context"] != "none")
+    independent = data["context"] == "none"
+    claims = config.objective.private and (independent or config.privacy.adjacency == "remove")
     return {
         "maskdp": __version__,
         "objective": config.objective.name,
@@ -98,7 +100,7 @@ def _not_covered(config: TrainConfig) -> tuple[str, ...]:
 def plain_words(card: Mapping[str, Any]) -> dict[str, Any]:
     """A card for people: `sentence`, and the lists `covered` and `uncovered`."""
     objective, most = card["objective"], card["most_records"]
-    if objective == "public_only":
+    if objective == "public_only" and card["data"]["context"] == "none":
         sentence = (
             "This model was trained on avatars over a blank background. No private pixel entered it, so it can tell "
             "nothing of the scenes; no ε is spent."

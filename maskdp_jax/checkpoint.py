@@ -1,6 +1,7 @@
 """Checkpoints of a run (Orbax), and trained models read back from a run or an export."""
 
 import dataclasses
+import functools
 import hmac
 import json
 import pathlib
@@ -123,7 +124,7 @@ def load(folder: str | pathlib.Path) -> Trained:
     about = _json(folder / (MODEL if exported else RUN))
     network = Network(config.model, config.data.frames, config.data.size, len(about["labels"]), config.seed)
     objective = Objective.from_config(network, config.objective)
-    like = jax.eval_shape(lambda: start_state(config, objective, network.init))
+    like = jax.eval_shape(functools.partial(start_state, config, objective), network.shapes)
     if exported:
         with ocp.StandardCheckpointer() as checkpointer:
             weights = checkpointer.restore((folder / WEIGHTS).absolute(), like.weights)

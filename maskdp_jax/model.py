@@ -71,7 +71,6 @@ class Network:
     """The model as functions of a flat dict of parameters.
 
     Attributes:
-        init: its initial parameters.
         classes, width: numbers of logits and features.
 
     Raises:
@@ -80,14 +79,24 @@ class Network:
 
     def __init__(self, config: ModelConfig, frames: int, size: int, classes: int, seed: int):
         self.classes, self.width = classes, config.width
-        make = functools.partial(VideoViT, config, frames, size, classes)
-        module = jax.jit(lambda key: make(nnx.Rngs(params=key)))(jax.random.key(seed, impl="rbg"))
-        self._graph, state, other = nnx.split(module, nnx.Param, ...)
+        self._make = lambda: VideoViT(config, frames, size, classes, nnx.Rngs(params=jax.random.key(seed, impl="rbg")))
+        module = nnx.eval_shape(self._make)
         refuse_mixing(module)
+        self._graph, state, other = nnx.split(module, nnx.Param, ...)
         if jax.tree.leaves(other):
             raise UserError("model.type: it keeps state besides its parameters, expected a model that mixes no records")
-        self._variables = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
-        self.init: Params = {name: variable[...] for name, (_, variable) in self._variables.items()}
+        self._variables = _by_name(state)
+
+    @property
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and types of the parameters."""
+        return {name: variable.get_value() for name, (_, variable) in self._variables.items()}
+
+    @functools.cached_property
+    def init(self) -> Params:
+        """Initial parameters, drawn from `seed`."""
+        state = jax.jit(lambda: nnx.state(self._make(), nnx.Param))()
+        return {name: variable.get_value() for name, (_, variable) in _by_name(state).items()}
 
     def logits(self, params: Mapping[str, Array], video: UInt8[Array, "b t h w 3"]) -> Float[Array, "b classes"]:
         """f(video; params)."""
@@ -100,6 +109,10 @@ class Network:
     def _module(self, params: Mapping[str, Array]) -> VideoViT:
         flat = [(path, variable.replace(params[name])) for name, (path, variable) in self._variables.items()]
         return nnx.merge(self._graph, nnx.from_flat_state(flat))
+
+
+def _by_name(state: nnx.State) -> dict[str, tuple[tuple, nnx.Variable]]:
+    return {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
 
 
 def refuse_mixing(module: nnx.Module) -> None:

@@ -13,18 +13,17 @@ from maskdp.errors import UserError
 from maskdp_jax.config import ParallelConfig
 
 AXIS = "data"
-_CLUSTER = ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES", "OMPI_MCA_orte_hnp_uri")
 
 
 def join() -> None:
-    """Joins the other processes of this job, if it was started as one of several (`launch/`)."""
-    if os.environ.get("JAX_NUM_PROCESSES"):
-        jax.distributed.initialize(
-            os.environ["JAX_COORDINATOR_ADDRESS"],
-            int(os.environ["JAX_NUM_PROCESSES"]),
-            int(os.environ["JAX_PROCESS_ID"]),
-        )
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and os.environ.get("SLURM_STEP_NODELIST"):
+    """Joins the other processes of this job, if there are any: those of `launch/local`, or the tasks of a Slurm step.
+
+    Call it before anything asks for a device.
+    """
+    if "MASKDP_PROCESSES" in os.environ:
+        processes, index = int(os.environ["MASKDP_PROCESSES"]), int(os.environ["MASKDP_PROCESS"])
+        jax.distributed.initialize(os.environ["MASKDP_COORDINATOR"], processes, index)
+    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in os.environ:
         jax.distributed.initialize()
 
 

@@ -58,19 +58,25 @@ def train(config: TrainConfig) -> pathlib.Path:
     # ---- Data: clips → records of the privacy unit.
     dataset = layers.Dataset(config.data.path)
     context = dataset.metadata.get("context")
-    if config.objective.masked and context != "none":
+    if config.objective.private and context != "none" and config.privacy.adjacency != "remove":
         raise UserError(
-            f"{config.data.path}: its avatars were drawn in view of the scene (context {context}), for which no "
-            f"masked-DP ε holds; expected objective.type dp_sgd or sgd"
+            f"{config.data.path}: its avatars were drawn in view of the scene (context {context}), for which no ε of "
+            "the private layer holds; expected objective.type sgd, or dp_sgd with privacy.adjacency remove"
         )
     clips = Clips(dataset, config.data.split, config.data)
     records = units(clips.keys, config.privacy)
     most_clips = max(map(len, records))
     fingerprint = dataset.fingerprint()
 
-    # ---- Privacy: one object for batches and ε; the secret behind every draw.
-    mechanism = make_mechanism(config, len(records))
+    # ---- Model: from random weights or from those of a public run.
+    network = Network(config.model, config.data.frames, config.data.size, len(clips.labels), config.seed)
+    objective = Objective.from_config(network, config.objective)
+    params, init = _start_weights(config, network, clips.labels, fingerprint) if config.init else (network.init, None)
     layout = parallel.Layout(config.parallel)
+    state = layout.replicate(checkpoint.start_state(config, objective, params))
+
+    # ---- Privacy: one object for batches and ε; one secret behind every draw, bound to this run.
+    mechanism = make_mechanism(config, len(records))
     about = {
         "config": config_files.fingerprint(dataclasses.replace(config, out="-")),
         "data": fingerprint,
@@ -86,14 +92,6 @@ def train(config: TrainConfig) -> pathlib.Path:
     secret = RunSecret.load(folder / SECRET, run_id, about["config"], fingerprint)
     if (folder / RESULT).exists():
         return folder
-
-    # ---- Model: from random weights or from those of a public run.
-    network = Network(config.model, config.data.frames, config.data.size, len(clips.labels), config.seed)
-    objective = Objective.from_config(network, config.objective)
-    params, init = network.init, None
-    if config.init:
-        params, init = _start_weights(config, network, clips.labels, fingerprint)
-    state = layout.replicate(checkpoint.start_state(config, objective, params))
     checkpoints = checkpoint.Checkpoints(folder)
     if checkpoints.latest() is not None:
         state = checkpoints.restore(state, secret)

@@ -82,6 +82,17 @@ def arguments(data: pathlib.Path, out: pathlib.Path, objective: str = "maskdp", 
 
 
 @pytest.fixture(scope="session")
+def trained_run(dataset, tmp_path_factory) -> pathlib.Path:
+    """The folder of a finished `maskdp` run of four steps."""
+    from maskdp import config
+    from maskdp_jax import config as typed
+    from maskdp_jax import train
+
+    words = arguments(dataset, tmp_path_factory.mktemp("runs") / "maskdp", every__evaluate=2, every__log=1)
+    return train.train(config.parse(typed.TrainConfig, words, "train"))
+
+
+@pytest.fixture(scope="session")
 def toy() -> types.SimpleNamespace:
     """The functions above, for tests that need data or runs of their own."""
     return types.SimpleNamespace(LABELS=LABELS, clip=clip, write=write, arguments=arguments)
