@@ -23,7 +23,8 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "sgd": (),
 }
 """What is trained, and what it needs besides the demo's config."""
-PRETRAINING = ("--objective.type", "sgd", "--optim.steps", "300", "--every.evaluate", "0")
+PUBLIC = ("--actions", "public", "--seed", "1", "--layers", "true")
+"""Public videos need no anonymizing: they are filmed in two layers."""
 VIDEOS = 240
 STATE = "demo.json"
 
@@ -44,31 +45,16 @@ def stages(out: pathlib.Path, videos: int) -> list[Stage]:
         videos: private videos to film.
     """
     filmed, public, private, runs = (str(out / name) for name in ("filmed", "public", "private", "runs"))
-    train = ("train", "--config_path", str(config.bundled("demo.yaml")))
+    train, pretrain = (("train", "--config_path", str(config.bundled(name))) for name in ("demo.yaml", "pretrain.yaml"))
     pretrained, flagship = f"{runs}/pretrained", f"{runs}/maskdp"
     return [
         Stage("film the private videos", ("studio", "--out", filmed, "--videos", str(videos))),
         Stage(
-            "film public ones of other actions and people, to pre-train on",
-            (
-                "studio",
-                "--out",
-                public,
-                "--videos",
-                str(videos),
-                "--actions",
-                "public",
-                "--seed",
-                "1",
-                "--layers",
-                "true",
-            ),
+            "film public ones, of other actions, people and places",
+            ("studio", "--out", public, "--videos", str(videos), *PUBLIC),
         ),
         Stage("anonymize", ("anonymize", f"{filmed}/manifest.csv", "--out", private, "--workers", "2")),
-        Stage(
-            "pre-train on the public ones",
-            (*train, *PRETRAINING, "--data.path", public, "--out", pretrained),
-        ),
+        Stage("pre-train on the public ones", (*pretrain, "--data.path", public, "--out", pretrained)),
         *(
             Stage(
                 f"train: {objective}",

@@ -37,7 +37,7 @@ class SweepConfig:
         base: config of one run: a file, or the name of one shipped with the project (`demo.yaml`).
         out: folder of the sweep; the same command continues what is there.
         fixed: dotted keys set in every run.
-        grid: dotted key → values; every combination is a run.
+        grid: dotted key → values; every combination is a run. A value may be a mapping of dotted keys set together.
         runs: further runs, each a mapping of dotted keys to values.
         jobs: runs at a time.
     """
@@ -62,10 +62,20 @@ class SweepConfig:
 
 
 def points(grid: Mapping[str, Sequence[Any]], runs: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
-    """The Cartesian product of `grid`, then `runs`; the last key varies fastest, a point that recurs is kept once."""
-    combinations = [dict(zip(grid, values)) for values in itertools.product(*grid.values())] if grid else []
+    """The Cartesian product of `grid`, then `runs`; the last key varies fastest, a point that recurs is kept once.
+
+    A value of the grid that is a mapping sets its own dotted keys, all together, and not the key it stands under.
+    """
+    combinations = [
+        {name: one for key, value in zip(grid, values) for name, one in _keys(key, value).items()}
+        for values in (itertools.product(*grid.values()) if grid else ())
+    ]
     unique = {_canonical(point): dict(point) for point in [*combinations, *runs]}
     return list(unique.values())
+
+
+def _keys(key: str, value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {key: value}
 
 
 def run_name(point: Mapping[str, Any]) -> str:

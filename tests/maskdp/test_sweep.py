@@ -26,6 +26,16 @@ def test_grid_is_the_cartesian_product_then_the_listed_runs():
     ]
 
 
+def test_a_mapping_in_the_grid_sets_its_keys_together():
+    points = sweep.points({"arm": [{"a": 1}, {"a": 2, "b.c": 3}], "seed": [0, 1]})
+    assert points == [
+        {"a": 1, "seed": 0},
+        {"a": 1, "seed": 1},
+        {"a": 2, "b.c": 3, "seed": 0},
+        {"a": 2, "b.c": 3, "seed": 1},
+    ]
+
+
 def test_names_are_unique_safe_and_stable():
     points = sweep.points({"a.b": ["x/../y", "x y", 1, 1.0, True, None, "1"], "seed": [0, 1]})
     names = [sweep.run_name(point) for point in points]
