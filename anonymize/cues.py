@@ -48,7 +48,7 @@ def camera_motion(frames: np.ndarray, samples: int = 16) -> str | None:
         return "most of the picture changes: the camera moves or the scene cuts"
     gray = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in small]
     points = _corners(gray[0])
-    if len(points) < 12:
+    if len(points) < 6:
         return None
     followed = [_followed(gray[0], image, points) for image in gray[1:]]
     found, staying, shift = np.median(followed, axis=0)
@@ -159,6 +159,16 @@ def foreground(
     return out
 
 
+def stirring(frames: np.ndarray, fps: float, seconds: float = 0.25, threshold: float = 14) -> np.ndarray:
+    """(T, H, W) bool: what changed within a short time; furniture does not, and even who stands still sways."""
+    lag = max(round(seconds * fps), 1)
+    earlier = np.maximum(np.arange(len(frames)) - lag, 0)
+    earlier[:lag] = np.minimum(np.arange(lag) + lag, len(frames) - 1)[: len(frames)]
+    return np.stack(
+        [cv2.blur(cv2.absdiff(frames[t], frames[e]), (3, 3)).max(-1) > threshold for t, e in enumerate(earlier)]
+    )
+
+
 def ghosts(frames: np.ndarray, background: np.ndarray, moved: np.ndarray, samples: int = 16) -> np.ndarray:
     """(H, W) bool: places where the supposed background holds what left, rather than the frame what came.
 
@@ -194,13 +204,16 @@ def _hog() -> cv2.HOGDescriptor:
 
 
 def hog_people(frame: np.ndarray, least_weight: float = 0.6) -> np.ndarray:
-    """Boxes (N, 4) xyxy of upright people by OpenCV's HOG detector, looked for at a height of at least 240 pixels."""
+    """Boxes (N, 4) xyxy of upright people by OpenCV's HOG detector, looked for at a height of at least 240 pixels.
+
+    The detector's windows are wider than people; the boxes are their inner part.
+    """
     scale = max(1.0, 240 / frame.shape[0])
     boxes, weights = _hog().detectMultiScale(
         cv2.resize(frame, None, fx=scale, fy=scale), winStride=(8, 8), padding=(16, 16), scale=1.06
     )
     boxes = np.asarray(boxes, np.float32).reshape(-1, 4)[np.asarray(weights).ravel() > least_weight] / scale
-    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
+    return np.concatenate([boxes[:, :2] + boxes[:, 2:] * [0.22, 0.1], boxes[:, :2] + boxes[:, 2:] * [0.78, 0.92]], 1)
 
 
 @functools.cache

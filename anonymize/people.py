@@ -15,6 +15,8 @@ import numpy as np
 from anonymize import cues, person_net
 from maskdp.config import positive
 
+LEAST_STIR = 0.05  # part of a person's outline that changes within a quarter of a second, on average
+
 
 @dataclasses.dataclass(frozen=True)
 class Person:
@@ -122,7 +124,7 @@ class EmbeddedFinder:
         known &= ~cues.ghosts(frames, background, moved)
         moved &= known
         upright = {t: cues.hog_people(frames[t]) for t in cues.sample_times(len(frames), config.looks)}
-        tracks = _tracks(votes, likely, moved, upright, config, fps)
+        tracks = _tracks(votes, likely, moved, upright, cues.stirring(frames, fps), config, fps)
         removal = _grown(likely | moved, margin, down=margin) | _whole(~known, margin)
         for track in tracks:
             _add_boxes(removal, track, margin)
@@ -143,12 +145,12 @@ class EmbeddedFinder:
         """Two rounds: a few frames against the temporal median, then more against the background those leave free."""
         net = person_net.load()
         first, second = self.config.heights
-        few = cues.sample_times(len(frames), 16)
+        few = cues.sample_times(len(frames), 10)
         median = np.median(frames[few], axis=0).astype(np.uint8)
         rough = np.stack([person_net.evaluate(net, frames[t], median, frames[max(t - 2, 0)], first)[0] for t in few])
         background, known = cues.background_model(frames[few], _grown(rough > self.config.threshold, margin))
         background = np.where(known[..., None], background, median)
-        times = cues.sample_times(len(frames), max(-(-len(frames) // self.config.every), 16))
+        times = cues.sample_times(len(frames), max(-(-len(frames) // self.config.every), 12))
         probability, heat, overlap, union = [], [], 0, 0
         for t in times:
             previous = frames[max(t - 2, 0)]
@@ -223,10 +225,11 @@ class _Track:
         self.present[t], self.boxes[t], self.masks[t], self.last = True, box, mask, t
         self._support.append(float((mask & sure).sum() / mask.sum()))
 
-    def is_person(self, upright: dict[int, np.ndarray]) -> bool:
-        """Whether the network is sure of a good part of it over time, or a HOG box lies on it."""
+    def is_person(self, upright: dict[int, np.ndarray], stirring: np.ndarray) -> bool:
+        """Whether the network is sure of a good part of it over time, or a HOG box lies on it, and it is alive."""
         seen = any(self.present[t] and _iou(box, self.boxes[t]) > 0.3 for t, boxes in upright.items() for box in boxes)
-        return seen or float(np.mean(self._support)) > 0.15
+        alive = np.mean([stirring[t][self.masks[t]].mean() for t in np.flatnonzero(self.masks.any((1, 2)))])
+        return alive > LEAST_STIR and (seen or float(np.mean(self._support)) > 0.15)
 
     def bridge(self) -> None:
         """Fills the frames between the first and the last with boxes interpolated in time and no outline."""
@@ -251,6 +254,7 @@ def _tracks(
     likely: np.ndarray,
     moved: np.ndarray,
     upright: dict[int, np.ndarray],
+    stirring: np.ndarray,
     config: FinderConfig,
     fps: float,
 ) -> list[_Track]:
@@ -280,7 +284,7 @@ def _tracks(
         for b in sorted(free):
             tracks.append(_Track(likely.shape))
             tracks[-1].add(t, *blobs[b], sure)
-    people = [track for track in tracks if track.present.sum() >= least and track.is_person(upright)]
+    people = [track for track in tracks if track.present.sum() >= least and track.is_person(upright, stirring)]
     for track in people:
         track.bridge()
         track.distrust_jumps()

@@ -12,7 +12,7 @@ MOST_REMOVED = 0.8  # of a frame; beyond it nothing of the scene is left to show
 BLANK = 127
 LOOKS = 3  # frames of the result that are looked at again
 HEIGHTS = (128, 192)  # pixels, at which the network looks
-SEEN_AGAIN = 0.004  # part of a frame; more than this that looks like a person is a doubt
+SEEN_AGAIN = 0.015  # part of a frame; a larger piece that looks like a person at every height is a doubt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +69,9 @@ def _seen_again(frames: np.ndarray, blanked: np.ndarray) -> str | None:
     net, shown = person_net.load(), np.flatnonzero(~blanked)
     for t in shown[cues.sample_times(len(shown), LOOKS)]:
         frame = frames[t]
-        likely = np.mean([person_net.evaluate(net, frame, frame, frame, height)[0] for height in HEIGHTS], axis=0)
-        if (likely > 0.5).mean() > SEEN_AGAIN or len(cues.hog_people(frame)) or len(cues.faces(frame)):
+        likely = np.min([person_net.evaluate(net, frame, frame, frame, height)[0] for height in HEIGHTS], axis=0) > 0.5
+        pieces = cv2.connectedComponentsWithStats(likely.astype(np.uint8))[2][1:, cv2.CC_STAT_AREA]
+        if pieces.max(initial=0) > SEEN_AGAIN * likely.size or len(cues.hog_people(frame)) or len(cues.faces(frame)):
             return f"somebody may still be seen in frame {t} after the removal"
     return None
 
