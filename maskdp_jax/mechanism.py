@@ -260,12 +260,11 @@ class Mechanism:
         value = _smallest_epsilon(self.delta, delta)
         by_pld = by_rdp = None
         if self._in_epochs:
-            by_pld = _smallest_epsilon(self._charged(_composed_pld(*self.event()).get_delta_for_epsilon), delta)
+            by_pld = _smallest_epsilon(self._charged(functools.partial(self._pld_delta, *self.event())), delta)
         elif not self._shared:
-            by_pld = value
+            by_pld = _finite(value)
         if (renyi := self._renyi_delta()) is not None:
-            by_rdp = _smallest_epsilon(self._charged(renyi), delta)
-            by_rdp = by_rdp if math.isfinite(by_rdp) else None
+            by_rdp = _finite(_smallest_epsilon(self._charged(renyi), delta))
         return Epsilon(value, by_pld, by_rdp, delta, self._words())
 
     # --- the sampler -------------------------------------------------------------------------------------------------
@@ -317,10 +316,15 @@ class Mechanism:
         """δ(ε) of Poisson batches by PLD: overflow bought off where that costs next to nothing, else as an event."""
         event, relation = self.event()
         overflow = self._overflow_delta(epsilon)
-        bought = _composed_pld(self._untruncated, relation).get_delta_for_epsilon(epsilon) + overflow
-        if overflow <= 1e-2 * bought:
-            return float(bought)
-        return float(_composed_pld(event, relation).get_delta_for_epsilon(epsilon))
+        bought = self._pld_delta(self._untruncated, relation, epsilon) + overflow
+        return bought if overflow <= 1e-2 * bought else self._pld_delta(event, relation, epsilon)
+
+    def _pld_delta(
+        self, event: dp_accounting.DpEvent, relation: dp_accounting.NeighboringRelation, epsilon: float
+    ) -> float:
+        """δ(ε) of an event by PLD, 1 where losses are beyond any grid."""
+        grid = self._grid
+        return float(_composed_pld(event, relation, grid).get_delta_for_epsilon(epsilon)) if grid < 1 else 1.0
 
     def _delta(self, epsilon: float) -> float:
         """δ(ε) of the run with perfect noise."""
@@ -337,6 +341,21 @@ class Mechanism:
     @property
     def _exposures(self) -> int:
         return self._epochs if self._in_epochs else self.steps
+
+    @property
+    def _grid(self) -> float:
+        """Spacing of privacy losses in a PLD; any is sound.
+
+        Fine enough for so many steps, and coarse where the loss is so large (by its Rényi divergence of order 2) that
+        there is little to claim: a fine grid over it would not fit in memory.
+        """
+        probability, times = (1.0, self._epochs) if self._in_epochs else (self.sampling_prob, self.steps)
+        gap = (self.sensitivity / self.noise_multiplier) ** 2
+        if gap < 30:
+            loss = times * math.log1p(probability**2 * math.expm1(gap))
+        else:
+            loss = times * max(gap + 2 * math.log(probability), 1.0)
+        return min(max(0.02 / math.sqrt(times), 2e-5), 5e-4) * max(1.0, loss / 50)
 
     def _renyi_delta(self) -> Callable[[float], float] | None:
         """δ(ε) by Rényi divergences; None for shared Poisson and for swapped terms, which they have no event for."""
@@ -462,10 +481,8 @@ def _binomial_bound(trials: int, probability: float, chance: float) -> int:
 
 
 @functools.lru_cache(maxsize=8)
-def _composed_pld(event: dp_accounting.DpEvent, relation: dp_accounting.NeighboringRelation):
-    """The privacy loss distribution of `event`, which is a step composed many times, on a grid fine enough for that."""
-    interval = min(max(0.02 / math.sqrt(event.count), 2e-5), 5e-4)
-    accountant = pld.PLDAccountant(relation, value_discretization_interval=interval)
+def _composed_pld(event: dp_accounting.DpEvent, relation: dp_accounting.NeighboringRelation, grid: float):
+    accountant = pld.PLDAccountant(relation, value_discretization_interval=grid)
     accountant.compose(event)
     return accountant._pld
 
@@ -488,6 +505,10 @@ def _smallest_epsilon(delta_of: Callable[[float], float], delta: float) -> float
 def _check_delta(delta: float) -> None:
     if not 0 < delta < 1:
         raise UserError(f"delta: {delta}, expected a number between 0 and 1")
+
+
+def _finite(epsilon: float) -> float | None:
+    return epsilon if math.isfinite(epsilon) else None
 
 
 def _padded(units: np.ndarray, slots: int) -> np.ndarray:

@@ -283,6 +283,13 @@ def test_epsilon_and_delta_agree_and_fall_with_noise():
         assert Mechanism(**SMALL, noise_multiplier=sigma).delta(claim.value * (1 - 1e-5)) > 1e-5
 
 
+@pytest.mark.parametrize("sampling", ["independent", "shared_poisson", "shared_epochs"])
+@pytest.mark.parametrize("sigma", [1e-6, 0.01, 0.1])
+def test_hopeless_noise_has_no_claim_and_fits_in_memory(sampling, sigma):
+    mechanism = Mechanism(1000, 100, 1000, sampling=sampling, noise_multiplier=sigma)
+    assert mechanism.epsilon(1e-5).value == math.inf
+
+
 def test_calibration_keeps_to_epsilon_and_wastes_little():
     start = Mechanism(**SMALL, sampling="shared_epochs")
     noise = calibrate(start, 2.0, 1e-6)
