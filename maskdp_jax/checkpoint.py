@@ -124,7 +124,11 @@ def load(folder: str | pathlib.Path) -> Trained:
     about = _json(folder / (MODEL if exported else RUN))
     network = Network(config.model, config.data.frames, config.data.size, len(about["labels"]), config.seed)
     objective = Objective.from_config(network, config.objective)
-    like = jax.eval_shape(functools.partial(start_state, config, objective), network.shapes)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # wherever it was trained
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        jax.eval_shape(functools.partial(start_state, config, objective), network.shapes),
+    )
     if exported:
         with ocp.StandardCheckpointer() as checkpointer:
             weights = checkpointer.restore((folder / WEIGHTS).absolute(), like.weights)

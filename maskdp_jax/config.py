@@ -82,20 +82,20 @@ class ObjectiveConfig(draccus.ChoiceRegistry):
         noise_multiplier: standard deviation of the noise over the clip norm; instead of `epsilon`.
         delta: of (ε, δ).
         l2_clip_norm: bound on the norm of one record's contribution.
-        learning_rate: of the steps that carry noise.
+        learning_rate: of the steps that carry noise; by default that of `optim`.
     """
 
     epsilon: float | None = None
     noise_multiplier: float | None = None
     delta: float = 1e-5
     l2_clip_norm: float = 1.0
-    learning_rate: float = 0.1
+    learning_rate: float | None = None
 
     def __post_init__(self):
-        config.positive(self, "l2_clip_norm", "learning_rate")
+        config.positive(self, "l2_clip_norm")
         if not 0 < self.delta < 1:
             raise UserError(f"objective.delta: {self.delta!r}, expected a number between 0 and 1")
-        for name in ("epsilon", "noise_multiplier"):
+        for name in ("epsilon", "noise_multiplier", "learning_rate"):
             if getattr(self, name) is not None:
                 config.positive(self, name)
         if self.private and (self.epsilon is None) == (self.noise_multiplier is None):
@@ -124,7 +124,13 @@ class ObjectiveConfig(draccus.ChoiceRegistry):
 @ObjectiveConfig.register_subclass("sgd")
 @dataclasses.dataclass(frozen=True)
 class SGDConfig(ObjectiveConfig):
-    """∇L(x): no privacy."""
+    """∇L(x): no privacy.
+
+    Attributes:
+        both_views: the mean of ∇L(x) and ∇L(x̃) instead, for pre-training: what starts from it knows either view.
+    """
+
+    both_views: bool = False
 
 
 @ObjectiveConfig.register_subclass("public_only")
@@ -148,7 +154,7 @@ class MaskDPConfig(ObjectiveConfig):
         lambda_: weight of the private path; 0 is `public_only`.
     """
 
-    learning_rate: float = 1.0
+    learning_rate: float | None = 0.02
     lambda_: float = 1.0
 
 

@@ -42,16 +42,19 @@ class Objective:
         network: f and φ.
         name: the value of `objective.type`.
         lambda_: λ of `maskdp`.
+        both_views: whether `sgd` learns from public views too.
     """
 
     network: Network
     name: str
     lambda_: float = 1.0
+    both_views: bool = False
 
     @classmethod
     def from_config(cls, network: Network, config: ObjectiveConfig) -> "Objective":
         """The objective that a config names."""
-        return cls(network, config.name, getattr(config, "lambda_", 1.0))
+        options = {key: getattr(config, key) for key in ("lambda_", "both_views") if hasattr(config, key)}
+        return cls(network, config.name, **options)
 
     @property
     def two_paths(self) -> bool:
@@ -100,11 +103,17 @@ class Objective:
     def exact(self, theta: Params, fixed: Params, batch: Views) -> tuple[Array, Params]:
         """Σ over the records of a batch of the loss and its exact gradient in θ: L(x) for `sgd`, L(x̃) for all others.
 
+        With `both_views`, `sgd` takes the mean of the two.
+
         Guarantees:
             But for `sgd` it reads public views alone: no private pixel, and not W, reaches it.
         """
         video = batch.composite if self.name == "sgd" else batch.public
         weight = jnp.where(batch.padding[:, None], 0, batch.weight)
+        if self.both_views:
+            video = jnp.concatenate([video, batch.public])
+            batch = batch._replace(label=jnp.concatenate([batch.label] * 2))
+            weight = jnp.concatenate([weight / 2] * 2)
         flat = Views(*(array.reshape(-1, *array.shape[2:]) for array in (video, video, batch.label, weight)), None)
         return jax.value_and_grad(self._loss)(theta, fixed, flat.public, flat)
 

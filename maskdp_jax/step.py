@@ -66,7 +66,7 @@ class Optimizers(NamedTuple):
 
         two_paths = config.objective.name == "maskdp"
         return cls(
-            make(config.objective.learning_rate, "sgd" if two_paths else optim.optimizer),
+            make(config.objective.learning_rate or optim.learning_rate, "sgd" if two_paths else optim.optimizer),
             make(optim.learning_rate, optim.optimizer),
         )
 

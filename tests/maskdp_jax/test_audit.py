@@ -53,7 +53,7 @@ def test_leaked_secret_is_found(copy):
 def test_game_finds_missing_noise(trained_run, monkeypatch):
     """A step that adds a tenth of the noise it is accounted for loses the game."""
     trained, config = checkpoint.load(trained_run), checkpoint.read_config(trained_run)
-    mechanism = Mechanism(num_units=20, batch_size=8, steps=4, noise_multiplier=4.0, public_batch=8)
+    mechanism = Mechanism(num_units=20, batch_size=8, steps=4, noise_multiplier=4.0, l2_clip_norm=0.1)
     honest = audit.game(trained, config, mechanism, trials=60)
     assert honest.holds
     monkeypatch.setattr(Mechanism, "noise_stddev", property(lambda m: 0.1 * m.noise_multiplier * m.l2_clip_norm))
