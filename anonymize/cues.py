@@ -1,7 +1,7 @@
 """Classical cues about people in a video: camera motion, motion against a modelled background, HOG and face votes,
 GrabCut outlines (OpenCV). None of them needs weights from outside the installed packages.
 
-Guarantees: `background_model` and `light_changes` read no pixel that `busy` covers.
+Guarantees: `background_model` and `light_changes` read no pixel that `busy` covers, `inpainted` none of the hole.
 """
 
 import functools
@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 MOTION_SIDE = 120  # pixels; the short side at which camera motion is judged
+GREY = 127  # what is shown where nothing is known
 UNSEEN = np.iinfo(np.int16).max
 
 
@@ -194,6 +195,14 @@ def _edges(image: np.ndarray) -> np.ndarray:
     """Strength of the edges, (H, W) float32."""
     gray = cv2.GaussianBlur(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (0, 0), 1).astype(np.float32)
     return cv2.magnitude(cv2.Sobel(gray, cv2.CV_32F, 1, 0), cv2.Sobel(gray, cv2.CV_32F, 0, 1))
+
+
+def inpainted(image: np.ndarray, hole: np.ndarray, radius: float = 5.0) -> np.ndarray:
+    """(H, W, 3) uint8 with the hole (H, W) bool painted from its surroundings; grey where there are none."""
+    if hole.all():
+        return np.full_like(image, GREY)
+    clean = np.where(hole[..., None], 0, image).astype(np.uint8)
+    return cv2.inpaint(clean, hole.astype(np.uint8), radius, cv2.INPAINT_TELEA) if hole.any() else clean
 
 
 @functools.cache

@@ -127,9 +127,11 @@ class EmbeddedFinder:
         tracks = _tracks(votes, likely, moved, upright, cues.stirring(frames, fps), config, fps)
         removal = _grown(likely | moved, margin, down=margin) | _whole(~known, margin)
         for track in tracks:
-            _add_boxes(removal, track, margin)
+            _cover(removal, track, margin)
+        _fill_holes(removal)
         background, known = cues.background_model(frames, removal)
-        removal |= _whole(~known, 0)
+        removal |= ~known | _left_behind(background, known, margin)
+        background, known = cues.background_model(frames, removal)
         persons = tuple(_person(number, track, votes) for number, track in enumerate(tracks))
         notes = {
             "removed": round(float(removal.mean()), 4),
@@ -137,9 +139,8 @@ class EmbeddedFinder:
             "moved_elsewhere": round(float((moved & ~_grown(likely, 4 * margin)).mean()), 4),
             "agreement": round(votes.agreement, 4),
         }
-        return People(
-            persons, removal, True, background, known, self._doubt(frames, tracks, upright, removal, notes), notes
-        )
+        doubt = self._doubt(frames, tracks, upright, removal, notes)
+        return People(persons, removal, True, background, known, doubt, notes)
 
     def _votes(self, frames: np.ndarray, margin: float) -> "_Votes":
         """Two rounds: a few frames against the temporal median, then more against the background those leave free."""
@@ -163,6 +164,7 @@ class EmbeddedFinder:
         return _Votes(len(frames), times, np.stack(probability), heat, float(overlap / max(union, 1)))
 
     def _doubt(self, frames, tracks: list["_Track"], upright: dict, removal: np.ndarray, notes: dict) -> str | None:
+        """Why these finds cannot be relied on, in one line, or None."""
         config = self.config
         if not tracks:
             return "no person found"
@@ -326,12 +328,34 @@ def _whole(unseen: np.ndarray, margin: float) -> np.ndarray:
     return cues.dilated(filled, margin) | unseen
 
 
-def _add_boxes(removal: np.ndarray, track: _Track, margin: float) -> None:
-    """Adds the whole grown box wherever a person is present without an outline that can be trusted."""
-    for t in np.flatnonzero(track.present & ~track.masks.any((1, 2))):
-        x0, y0 = np.floor(track.boxes[t, :2] - 2 * margin).astype(int).clip(0)
-        x1, y1 = np.ceil(track.boxes[t, 2:] + 2 * margin).astype(int)
-        removal[t, y0:y1, x0:x1] = True
+def _left_behind(background: np.ndarray, known: np.ndarray, margin: float) -> np.ndarray:
+    """(H, W) bool: what still looks like a person in the empty scene, where it was seen; specks are left out."""
+    scene = cues.inpainted(background, ~known)
+    likely = (person_net.still_person(person_net.load(), scene) > 0.4) & known
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(likely.astype(np.uint8))
+    large = stats[:, cv2.CC_STAT_AREA] > 0.002 * likely.size
+    large[0] = False
+    return cues.dilated(large[labels], 2 * margin)
+
+
+def _cover(removal: np.ndarray, track: _Track, margin: float) -> None:
+    """Adds the convex hull of a person's outline, or the whole grown box where there is none that can be trusted."""
+    for t in np.flatnonzero(track.present):
+        if track.masks[t].any():
+            hull = cv2.convexHull(cv2.findNonZero(track.masks[t].astype(np.uint8)))
+            removal[t] |= cv2.fillConvexPoly(np.zeros(removal.shape[1:], np.uint8), hull, 1) > 0
+        else:
+            x0, y0 = np.floor(track.boxes[t, :2] - 2 * margin).astype(int).clip(0)
+            x1, y1 = np.ceil(track.boxes[t, 2:] + 2 * margin).astype(int)
+            removal[t, y0:y1, x0:x1] = True
+
+
+def _fill_holes(removal: np.ndarray, largest: float = 0.02) -> None:
+    """Closes what the removal encloses, up to this part of the picture."""
+    for mask in removal:
+        _, labels, stats, _ = cv2.connectedComponentsWithStats((~mask).astype(np.uint8), connectivity=4)
+        small = stats[:, cv2.CC_STAT_AREA] < largest * mask.size
+        mask |= small[labels]
 
 
 def _person(number: int, track: _Track, votes: _Votes) -> Person:

@@ -145,3 +145,8 @@ def evaluate(
         probability, heat = probability[:, ::-1], heat[list(MIRRORED)][:, :, ::-1]
     probability = cv2.resize(np.ascontiguousarray(probability), frame.shape[1::-1], interpolation=cv2.INTER_LINEAR)
     return probability, np.ascontiguousarray(heat)
+
+
+def still_person(net: PersonNet, image: np.ndarray, heights: tuple[int, ...] = (128, 192)) -> np.ndarray:
+    """Person probability (H, W) of a picture (H, W, 3) uint8 without any motion: the least over the heights."""
+    return np.min([evaluate(net, image, image, image, height)[0] for height in heights], axis=0)

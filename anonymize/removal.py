@@ -9,9 +9,8 @@ from anonymize import cues, person_net
 from anonymize.people import People
 
 MOST_REMOVED = 0.8  # of a frame; beyond it nothing of the scene is left to show
-BLANK = 127
+BLANK = cues.GREY
 LOOKS = 3  # frames of the result that are looked at again
-HEIGHTS = (128, 192)  # pixels, at which the network looks
 SEEN_AGAIN = 0.015  # part of a frame; a larger piece that looks like a person at every height is a doubt
 
 
@@ -48,37 +47,33 @@ def remove(frames: np.ndarray, people: People, most_blanked: float = 0.2) -> Rem
     busy = people.removal
     blanked = busy.mean((1, 2)) > MOST_REMOVED
     out = np.where(busy[..., None], 0, frames).astype(np.uint8)
+    painted = busy
     if people.static_camera and not blanked.all():
         scene, known = cues.background_model(out[~blanked], busy[~blanked])
-        scene = inpainted(scene, ~known)
+        painted = busy & ~known
+        scene = cues.inpainted(scene, ~known)
         light = cues.light_changes(out, busy, scene)
         for t in np.flatnonzero(~blanked):
             filling = (scene + light[t]).round().clip(0, 255).astype(np.uint8)
             out[t][busy[t]] = filling[busy[t]]
     else:
         for t in np.flatnonzero(~blanked):
-            out[t] = inpainted(out[t], busy[t])
+            out[t] = cues.inpainted(out[t], busy[t])
     out[blanked] = BLANK
     share = blanked.mean()
-    doubt = f"{share:.0%} of the frames had to be blanked" if share > most_blanked else _seen_again(out, blanked)
+    doubt = (
+        f"{share:.0%} of the frames had to be blanked" if share > most_blanked else _seen_again(out, blanked, painted)
+    )
     return Removal(out, blanked, doubt)
 
 
-def _seen_again(frames: np.ndarray, blanked: np.ndarray) -> str | None:
-    """Why somebody may still be visible in the finished frames, or None."""
-    net, shown = person_net.load(), np.flatnonzero(~blanked)
+def _seen_again(frames: np.ndarray, blanked: np.ndarray, painted: np.ndarray) -> str | None:
+    """Why somebody may still be visible in the finished frames, or None. What was `painted` (T, H, W) is nobody."""
+    shown = np.flatnonzero(~blanked)
     for t in shown[cues.sample_times(len(shown), LOOKS)]:
         frame = frames[t]
-        likely = np.min([person_net.evaluate(net, frame, frame, frame, height)[0] for height in HEIGHTS], axis=0) > 0.5
+        likely = (person_net.still_person(person_net.load(), frame) > 0.5) & ~painted[t]
         pieces = cv2.connectedComponentsWithStats(likely.astype(np.uint8))[2][1:, cv2.CC_STAT_AREA]
         if pieces.max(initial=0) > SEEN_AGAIN * likely.size or len(cues.hog_people(frame)) or len(cues.faces(frame)):
             return f"somebody may still be seen in frame {t} after the removal"
     return None
-
-
-def inpainted(image: np.ndarray, hole: np.ndarray, radius: float = 5.0) -> np.ndarray:
-    """(H, W, 3) uint8 with the hole (H, W) bool painted from its surroundings; grey where there are none."""
-    if hole.all():
-        return np.full_like(image, BLANK)
-    clean = np.where(hole[..., None], 0, image).astype(np.uint8)
-    return cv2.inpaint(clean, hole.astype(np.uint8), radius, cv2.INPAINT_TELEA) if hole.any() else clean

@@ -1,6 +1,10 @@
 """Makes the embedded person network: renders pictures of people, then trains on nothing else.
 
-    python -m anonymize.train_person_net --renders DIR --out person_net.safetensors --pictures 8000 --minutes 30
+    python -m anonymize.train_person_net --renders DIR --out person_net.safetensors --pictures 2500 --minutes 33
+
+made the weights that are shipped: seed 0, 10 shards of renders, 2,085 steps of 32 pictures on a third of one CPU core,
+mask IoU 0.60 on the first, held-out shard, 0.55 with the motion channels at 0 (still rising: time was what ended it).
+How far a run gets in its minutes depends on the machine, so weights differ from run to run; the renders do not.
 
 People are our avatars in random poses, seen from near and far, one to three in a picture. They stand in procedural
 rooms, landscapes and clutter, with rendered furniture and other upright things that are nobody; some things stand in
@@ -631,8 +635,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--renders", type=pathlib.Path, required=True, help="folder for the rendered pictures")
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--pictures", type=int, default=8000)
-    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--pictures", type=int, default=2500)
+    parser.add_argument("--minutes", type=float, default=33)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)

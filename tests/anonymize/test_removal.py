@@ -2,8 +2,9 @@ import cv2
 import numpy as np
 import pytest
 
+from anonymize.cues import inpainted
 from anonymize.people import People
-from anonymize.removal import BLANK, inpainted, remove
+from anonymize.removal import BLANK, remove
 
 
 def people(removal, static_camera=True):
