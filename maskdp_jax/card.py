@@ -123,7 +123,7 @@ def plain_words(card: Mapping[str, Any]) -> dict[str, Any]:
     covered = [f"{card['speaks_of']}: ε = {math.ceil(epsilon * 1000) / 1000:g} at δ = {delta:g}"]
     for who in ("person", "place"):
         if most[who] == 1:
-            covered.append(f"everything of one {who}, whose clips are one record")
+            covered.append(f"the same of one {who}, all of whose clips are one record")
     uncovered = list(card["not_covered"])
     for who in ("person", "place"):
         if most[who] > 1:

@@ -61,7 +61,7 @@ def render(
     return environment.get_template("template.html").render(
         title="maskdp privacy report",
         headline=page.headline(table),
-        result=page.result_sentence(table),
+        result=page.result_sentence(table, page.evaluated(table, dataset)),
         tiles=page.tiles(table, summary),
         strips=strips,
         panels=len(strips[0].panels) if strips else 0,

@@ -122,8 +122,18 @@ def headline(table: Sequence[Row]) -> str:
     return f"Whole clips protected at ε = {number(row.epsilon)}"
 
 
-def result_sentence(table: Sequence[Row]) -> str:
-    """The result in one or two sentences, of those objectives that were run."""
+def evaluated(table: Sequence[Row], dataset) -> int | None:
+    """Number of evaluation clips; None where `dataset` is not the one that the runs were trained on."""
+    results = [run.result for row in table for run in row.runs]
+    splits = {result["eval_split"] for result in results}
+    if dataset is None or len(splits) != 1 or {result["data"] for result in results} != {dataset.fingerprint()}:
+        return None
+    (split,) = splits
+    return sum(record.label >= 0 for record in dataset[split]) if split else None
+
+
+def result_sentence(table: Sequence[Row], clips: int | None) -> str:
+    """The result in one or two sentences, of those objectives that were run; `clips` is the number evaluated."""
     row = flagship(table) or next((row for row in table if row.composite), None)
     if row is None or row.composite is None:
         return "The runs on this page were not evaluated."
@@ -132,7 +142,7 @@ def result_sentence(table: Sequence[Row]) -> str:
         opening = f"At ε = {number(row.epsilon)}, δ = {number(row.delta)}, {row.name} names the right action in"
     else:
         opening = f"{row.name} names the right action in"
-    text = f"{opening} {spread_words(row.composite)} of the evaluation clips{runs}"
+    text = f"{opening} {spread_words(row.composite)} of {clips or 'the'} evaluation clips{runs}"
 
     def other(objective: str) -> Row | None:
         return next(
@@ -282,7 +292,7 @@ def table_notes(table: Sequence[Row]) -> list[str]:
         )
     if any(row.epsilon is None for row in table):
         notes.append("“no ε”: the run makes no differential-privacy claim.")
-    if any(row.objective == "public_only" for row in table):
+    if any(row.objective == "public_only" and row.card["data"]["context"] == "none" for row in table):
         notes.append("public_only needs no ε: it never reads the scene.")
     if sum(len(row.runs) for row in table if row.epsilon) > 1:
         notes.append("Each ε is the cost of one run. Publishing several runs costs their composition, which is more.")

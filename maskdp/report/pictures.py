@@ -115,9 +115,13 @@ def varied(split: Iterable[layers.Record], count: int) -> list[layers.Record]:
 
 
 def filmstrips(dataset: layers.Dataset, videos: str | pathlib.Path | None, count: int) -> list[Filmstrip]:
-    """The first clips of `count` videos of different classes; led by the originals where all of them were found."""
-    split = dataset["test" if "test" in dataset.splits else dataset.splits[0]]
-    records = varied((record for record in split if _number(record) == 0), count)
+    """The first clips of `count` videos of different classes, test videos first.
+
+    The originals lead where every one of them was found in `videos`.
+    """
+    splits = sorted(dataset.splits, key=lambda name: name != "test")
+    clips = (record for split in splits for record in dataset[split])
+    records = varied((record for record in clips if _number(record) == 0), count)
     found = videos_by_hash([pathlib.Path(videos)], [record.source for record in records]) if videos else {}
     originals = [_original(found.get(record.source), record) for record in records]
     if any(original is None for original in originals):

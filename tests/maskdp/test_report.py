@@ -72,6 +72,7 @@ def write_run(folder, objective, seed=0, epsilon=None, composite=0.5, public_vie
         "sampling": "independent",
         "event": "300 × Poisson(q=0.1, Gaussian(σ=2.68))",
         "most_records": {"person": 12, "place": 1, "video": 1},
+        "data": {"context": "none"},
         "not_covered": ["labels", "silhouette, pose and gait"],
     }
     (folder / runs.CARD).write_text(json.dumps(card))
@@ -80,7 +81,7 @@ def write_run(folder, objective, seed=0, epsilon=None, composite=0.5, public_vie
         "classes": len(LABELS),
         "data": "0" * 64,
     }
-    result["versions"] = {"jax": "0.10"}
+    result |= {"versions": {"jax": "0.10"}, "eval_split": "test"}
     (folder / runs.RESULT).write_text(json.dumps(result))
     rng = np.random.default_rng(seed)
     with open(folder / runs.METRICS, "w") as metrics:
