@@ -25,7 +25,7 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
 """What is trained, and what it needs besides the demo's config."""
 PUBLIC = ("--actions", "public", "--seed", "1", "--layers", "true")
 """Public videos need no anonymizing: they are filmed in two layers."""
-VIDEOS = 240
+VIDEOS = 160
 STATE = "demo.json"
 
 
