@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32
 
+from maskdp_jax.bookkeeping import factored_vmap
+
 _ROUNDING = 1 - 1e-5  # float32 norms are good to about 1e-6; the margin keeps the true norm of a term within C
 
 
@@ -30,9 +32,9 @@ def clipped_sum(
         One example changes the sum by at most `l2_clip_norm` if it is left out, padded or zero, and by twice that if it
         is another. An example with `is_padding`, or whose vector holds a NaN, an infinity or a norm beyond float32,
         contributes exactly 0, chosen by `where`; its norm is reported as 0. Norms and sums are float32 whatever the
-        parameters are, from elementwise squares, so matmul precision has no part in them. Microbatches change rounding
-        only. Inside `shard_map` the terms are clipped before any collective: parameters that are the same on all
-        devices are made varying first, or their gradients would be summed over devices inside `grad`.
+        parameters are, and their contractions take the highest precision. Microbatches change rounding only. Inside
+        `shard_map` the terms are clipped before any collective: parameters that are the same on all devices are made
+        varying first, or their gradients would be summed over devices inside `grad`.
         The norms are per example and not private.
 
     Args:
@@ -56,18 +58,19 @@ def clipped_sum(
     params = jax.tree.map(functools.partial(_varying, axes=axes), params)
 
     def microbatch(examples, padding):
-        terms = jax.vmap(grad_fn, in_axes=(None, 0))(params, examples)
-        terms = jax.tree.map(lambda term: term.astype(jnp.float32), terms)
-        squares = sum(jnp.sum(jnp.square(term), range(1, term.ndim)) for term in jax.tree.leaves(terms))
-        counts = ~padding & jnp.isfinite(squares)
+        gradients, _ = factored_vmap(lambda p, example: (grad_fn(p, example), ()), (None, 0))(params, examples)
+        squares = sum(gradients.squared_norms()).astype(jnp.float32)
+        finite = jnp.isfinite(squares)
+        counts = ~padding & finite
         norms = jnp.sqrt(jnp.where(counts, squares, 0))
         scales = jnp.minimum(1, l2_clip_norm * _ROUNDING / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny))
-
-        def total(term):
-            shape = (-1,) + (1,) * (term.ndim - 1)
-            return jnp.sum(jnp.where(counts.reshape(shape), term, 0) * scales.reshape(shape), axis=0)
-
-        return jax.tree.map(total, terms), norms
+        weights = jnp.where(counts, scales, 0)  # times factors that are finite: exactly 0
+        total = jax.lax.cond(
+            jnp.all(finite),
+            lambda: gradients.weighted_sum(weights, jnp.float32),
+            lambda: gradients.drop(~counts).weighted_sum(weights, jnp.float32),
+        )
+        return total, norms
 
     if microbatch_size is None or microbatch_size >= size:
         return microbatch(batch, is_padding)
