@@ -32,7 +32,7 @@ import numpy as np
 
 from anonymize import sheets, video
 from anonymize.config import AnonymizeConfig
-from maskdp import atomic, config, layers, progress
+from maskdp import __version__, atomic, config, layers, progress
 from maskdp.errors import UserError
 
 USAGE = "usage: maskdp anonymize PATH... --out DIR [--config_path FILE] [--key value ...]"
@@ -153,7 +153,7 @@ class _Worker:
         key = video_key(self._secret, source.name)
         done = self._work / f"{key}.json"
         try:
-            state = {"source": video.sha256(source.path), "settings": self._fingerprint}
+            state = {"source": video.sha256(source.path), "settings": self._fingerprint, "maskdp": __version__}
             if done.exists():
                 finished = json.loads(done.read_text())
                 if finished["state"] == state:

@@ -198,10 +198,10 @@ def _refine(
             loss = loss + 4 * (confidence * (error / (error + 0.02))).mean(1).sum()
         placed = body_joints + transl[:, None]
         velocity = placed[1:] - placed[:-1]
-        loss = loss + 0.5 * (adjacent * velocity).square().sum(2).mean(1).sum()
-        loss = loss + 4 * (smooth * (velocity[1:] - velocity[:-1])).square().sum(2).mean(1).sum()
+        loss = loss + 0.1 * (adjacent * velocity).square().sum(2).mean(1).sum()
+        loss = loss + (smooth * (velocity[1:] - velocity[:-1])).square().sum(2).mean(1).sum()
         change = turn.view(len(turn), BODY_JOINTS, 3).square()
-        loss = loss + 0.1 * (stiffness * change[:, 1:]).sum() + 0.05 * change[:, 0].sum()
+        loss = loss + 0.03 * (stiffness * change[:, 1:]).sum() + 0.05 * change[:, 0].sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -18,9 +18,10 @@ KEYPOINTS = (12, 16, 17, 18, 19, 20, 21, 1, 2, 4, 5, 7, 8)
 """SMPL-X joints of a person's keypoints (`person_net.JOINTS`) after the first, the nose, which is no joint."""
 
 _SEED = 7
-_SIDE, _MARGIN = 32, 1.0  # of the canvas on which silhouettes are compared, pixels
+_SIDE, _MARGIN = 32, 2  # of the canvas on which silhouettes are compared, pixels
 _IN_VIEW = (0.72, 0.55, 0.42, 0.3)  # share of the height in view, where the picture's lower edge cuts the person
-_CANDIDATES = 24  # poses kept a frame
+_UNUSUAL = 0.1  # weight of the prior against overlap
+_CANDIDATES = 40  # poses kept a frame
 _EDGE = 2  # pixels; a mask this near to the picture's edge is taken to be cut by it
 
 SurfaceFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -127,6 +128,9 @@ class PoseLibrary:
         parts = [body(angles) for angles in self.angles.split(500)]
         points, self.joints, nose = (torch.cat(part) for part in zip(*parts))
         flip = torch.tensor([1.0, -1.0])
+        pelvis = torch.from_numpy(Rotation.from_rotvec(self.angles[:, :3].numpy()).as_matrix()).float()
+        self._facing = pelvis[:, :, 2]
+        self._prior = _prior(self.angles, pelvis)
         self._points = points[..., :2] * flip
         self._keypoints = torch.cat([nose[:, None], self.joints[:, KEYPOINTS]], 1)[..., :2] * flip
         self._whole = _view(self._points, self._keypoints, 1.0)
@@ -151,7 +155,7 @@ class PoseLibrary:
         costs = []
         for index, view in enumerate(views):
             inside = shapes @ view.shapes.T
-            cost = 1 - inside / (shapes.sum(1)[:, None] + view.shapes.sum(1) - inside)
+            cost = self._prior + 1 - inside / (shapes.sum(1)[:, None] + view.shapes.sum(1) - inside)
             if joints is not None:
                 cost += _keypoint_cost(torch.as_tensor(joints, dtype=torch.float32), centre, extent, view.keypoints)
             if index:
@@ -166,10 +170,17 @@ class PoseLibrary:
         depth = camera.focal * metres / extent[:, None]
         middle = (centre - torch.tensor([camera.width / 2, camera.height / 2]))[:, None] / camera.focal
         in_camera = torch.cat([middle * depth[..., None] - offset, depth[..., None]], -1)
-        path = _best_path(cost, self.joints[pose], depth.log())[:, None]
+        path = _best_path(cost, self.joints[pose], self._facing[pose], depth.log())[:, None]
         chosen = in_camera.gather(1, path[..., None].expand(-1, -1, 3))[:, 0]
         rotation, translation = (torch.as_tensor(x, dtype=torch.float32) for x in (camera.rotation, camera.translation))
         return Found(self.angles[pose.gather(1, path)[:, 0]], (chosen - translation) @ rotation, extent)
+
+
+def _prior(angles: torch.Tensor, pelvis: torch.Tensor) -> torch.Tensor:
+    """What a pose costs beforehand (N,): people mostly stand upright and face the camera (silhouettes cannot tell)."""
+    up, front = pelvis[:, 1, 1], pelvis[:, 2, 2]
+    legs = angles.view(-1, BODY_JOINTS, 3)[:, [1, 2, 4, 5]].norm(dim=-1).mean(1)
+    return _UNUSUAL * (0.5 * (1 - up) + 0.25 * (1 - front) + 0.3 * legs)
 
 
 def _view(points: torch.Tensor, keypoints: torch.Tensor, share: float) -> _View:
@@ -180,14 +191,18 @@ def _view(points: torch.Tensor, keypoints: torch.Tensor, share: float) -> _View:
     low = points.masked_fill(hidden, torch.inf).amin(1)
     high = points.masked_fill(hidden, -torch.inf).amax(1)
     centre, extent = (low + high) / 2, (high - low).amax(1)
-    scale = (_SIDE - 2 * _MARGIN) / extent
-    cell = ((points - centre[:, None]) * scale[:, None, None] + _SIDE / 2).floor().long().clamp(0, _SIDE - 1)
-    canvas = torch.zeros(len(points), _SIDE * _SIDE + 1)
-    canvas.scatter_(1, torch.where(shown, cell[..., 1] * _SIDE + cell[..., 0], _SIDE * _SIDE), 1.0)
-    shapes = canvas[:, :-1].reshape(-1, _SIDE, _SIDE).numpy()
-    closed = np.stack([cv2.morphologyEx(shape, cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8)) for shape in shapes])
+    fine = 2 * _SIDE  # points would fatten a silhouette drawn at the canvas's own resolution
+    scale = (fine - 4 * _MARGIN) / extent
+    cell = ((points - centre[:, None]) * scale[:, None, None] + fine / 2).long().clamp_(0, fine - 1)
+    canvas = torch.zeros(len(points), fine * fine + 1, dtype=torch.uint8)
+    canvas.scatter_(1, torch.where(shown, cell[..., 1] * fine + cell[..., 0], fine * fine), 255)
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
+    drawn = canvas[:, :-1].reshape(-1, fine, fine).numpy()
+    closed = (cv2.morphologyEx(shape, cv2.MORPH_CLOSE, kernel) for shape in drawn)
+    small = np.stack([cv2.resize(shape, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA) for shape in closed])
+    shapes = torch.from_numpy((small >= 128).astype(np.float32)).flatten(1)
     keypoints = (keypoints - centre[:, None]) / extent[:, None, None]
-    return _View(torch.from_numpy(closed).flatten(1), centre, extent, keypoints)
+    return _View(shapes, centre, extent, keypoints)
 
 
 def _normalised_mask(mask: np.ndarray, centre: torch.Tensor, extent: torch.Tensor) -> torch.Tensor:
@@ -211,13 +226,18 @@ def _keypoint_cost(joints: torch.Tensor, centre: torch.Tensor, extent: torch.Ten
     return 2 * total / found.shape[1]
 
 
-def _best_path(cost: torch.Tensor, joints: torch.Tensor, log_depth: torch.Tensor) -> torch.Tensor:
-    """Viterbi: candidate of each frame (T,), given costs (T, K), joints (T, K, 22, 3) and log depths (T, K)."""
+def _best_path(cost: torch.Tensor, joints: torch.Tensor, facing: torch.Tensor, log_depth: torch.Tensor):
+    """Viterbi: candidate of each frame (T,); costs (T, K), joints (T, K, 22, 3), facing (T, K, 3), log depth (T, K).
+
+    Small changes are free: the library is coarse, and the refinement smooths.
+    """
     frames = len(cost)
     total, came_from = cost[0], []
     for t in range(1, frames):
         moved = torch.cdist(joints[t - 1].flatten(1), joints[t].flatten(1)) / BODY_JOINTS**0.5
-        step = 0.4 * moved + 1.0 * (log_depth[t - 1][:, None] - log_depth[t]).abs().clamp_max(0.5)
+        turned = 1 - facing[t - 1] @ facing[t].T
+        nearer = (log_depth[t - 1][:, None] - log_depth[t]).abs()
+        step = 0.3 * (moved - 0.15).relu() + 0.2 * (turned - 0.3).relu() + 0.5 * (nearer - 0.05).clamp(0, 0.5)
         best, origin = (total[:, None] + step).min(0)
         total = best + cost[t]
         came_from.append(origin)
