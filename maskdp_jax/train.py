@@ -207,7 +207,7 @@ def _start_weights(config: TrainConfig, network: Network, labels: list[str], fin
     trained = checkpoint.load(config.init)
     source = trained.objective.name
     if config.objective.private or config.objective.name == "public_only":
-        if trained.card.get("epsilon") is not None:
+        if source not in ("sgd", "public_only"):
             raise UserError(f"init: {config.init} is a private {source} run, expected one on public data")
         if trained.data == fingerprint and source != "public_only":
             raise UserError(f"init: {config.init} was trained with {source} on this very dataset, expected public data")
