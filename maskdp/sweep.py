@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import math
 import pathlib
 import re
 import sys
@@ -199,7 +200,28 @@ def summarize(folders: Sequence[pathlib.Path]) -> dict[str, Any]:
         }
         for row in page.rows(runs)
     ]
-    return {"configurations": configurations}
+    return {"configurations": configurations, "publishing": _publishing(folders)}
+
+
+def _publishing(folders: Sequence[pathlib.Path]) -> dict[str, Any] | None:
+    """What publishing all private runs costs together; None where they share no claim.
+
+    The δ of the claim is the largest of theirs. Runs of `sgd` have no ε: publishing one gives its records away.
+    """
+    from maskdp_jax.mechanism import Mechanism, compose
+
+    cards = [json.loads((folder / run_folders.CARD).read_text()) for folder in folders]
+    private = [card for card in cards if card["objective"] != "sgd"]
+    if not private:
+        return None
+    delta = max(card["delta"] or 0.0 for card in private)
+    if not delta:
+        return None
+    try:
+        claim = compose([Mechanism(**card["mechanism"]) for card in private], delta)
+    except UserError:
+        return None
+    return {"runs": len(private), "epsilon": claim.value if math.isfinite(claim.value) else None, "delta": delta}
 
 
 def _table(summary: Mapping[str, Any]) -> Table:
@@ -224,6 +246,9 @@ def main(arguments: list[str]) -> int:
             summary = summarize(done)
             atomic.write_json(folder / SUMMARY, summary)
             Console().print(_table(summary))
+            if (cost := summary["publishing"]) is not None:
+                bound = "no ε" if cost["epsilon"] is None else f"ε = {page.number(cost['epsilon'])}"
+                print(f"publishing all {cost['runs']} private runs costs {bound} at δ = {page.number(cost['delta'])}")
     for line in failures:
         print(f"maskdp sweep: failed: {line}", file=sys.stderr)
     return 1 if failures else 0

@@ -9,7 +9,7 @@ import bisect
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import dp_accounting
@@ -303,6 +303,11 @@ class Mechanism:
         step = dp_accounting.PoissonSampledDpEvent(self.sampling_prob, gaussian)
         return dp_accounting.SelfComposedDpEvent(step, self.steps)
 
+    @property
+    def _whole(self) -> dp_accounting.DpEvent:
+        """The run as an event in which no batch overflows."""
+        return self.event()[0] if self._in_epochs else self._untruncated
+
     @functools.cached_property
     def _overflow(self) -> float:
         """Bound on the chance that any Poisson batch of the run exceeds its slots."""
@@ -456,6 +461,46 @@ def _least_noise(mechanism: Mechanism, epsilon: float, delta: float) -> float:
     while excess(safe) > 0:
         safe += 4e-6
     return math.exp(safe)
+
+
+def compose(mechanisms: Sequence[Mechanism], delta: float) -> Epsilon:
+    """What may be claimed at `delta` of publishing the runs of all `mechanisms`, trained on the same records.
+
+    Guarantees:
+        An upper bound. Runs with a privacy loss distribution are composed by it, also when later settings were chosen
+        after seeing earlier results; those without one (shared Poisson) join by basic composition, each at an equal
+        part of `delta`. A run without noise on private data makes it infinite; one that reads none costs nothing.
+
+    Raises:
+        UserError: the runs differ in adjacency or in the number of records, so that no one claim speaks of all.
+    """
+    if len({(m.adjacency, m.num_units) for m in mechanisms}) > 1:
+        raise UserError("compose: the runs differ in adjacency or in the number of records; they share no claim")
+    costly = [m for m in mechanisms if m.sensitivity > 0]
+    words = "; ".join(m._words() for m in costly) or "no access to private layers"
+    if any(m.sensitivity == math.inf or m.noise_multiplier == 0 for m in costly):
+        return Epsilon(math.inf, None, None, delta, words)
+    summed = [m for m in costly if isinstance(m.event()[0], dp_accounting.UnsupportedDpEvent)]
+    composed = [m for m in costly if m not in summed]
+    parts = len(summed) + bool(composed)
+    value = sum(m.epsilon(delta / parts).value for m in summed)
+    by_pld = None
+    if composed:
+        grid = max(m._grid for m in composed)
+        if grid >= 1:
+            return Epsilon(math.inf, None, None, delta, words)
+        losses = [_composed_pld(m._whole, m.event()[1], grid) for m in composed]
+        loss = functools.reduce(lambda one, other: one.compose(other), losses)
+        steps = sum(m.steps for m in composed)
+
+        def delta_of(epsilon: float) -> float:
+            overflow = sum(m._overflow_delta(epsilon) for m in composed if not m._in_epochs)
+            return loss.get_delta_for_epsilon(epsilon) + overflow + support_delta(steps, epsilon)
+
+        together = _smallest_epsilon(delta_of, delta / parts)
+        by_pld = None if summed else together
+        value += together
+    return Epsilon(float(value), by_pld, None, delta, words)
 
 
 def gaussian_delta(epsilon: float, shift: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from scipy import special, stats
 
 from maskdp.errors import UserError
 from maskdp_jax.keys import RunSecret
-from maskdp_jax.mechanism import Mechanism, calibrate, gaussian_delta
+from maskdp_jax.mechanism import Mechanism, calibrate, compose, gaussian_delta
 
 SECRET = RunSecret(bytes(range(32)), "run", "config", "data")
 PAPER = dict(num_units=40_320, batch_size=128, steps=150 * 315)
@@ -403,3 +403,41 @@ def test_default_slots_practically_never_overflow():
         assert steps * stats.binom.sf(slots, n, batch / n) <= 1e-12
         assert slots == n or steps * stats.binom.sf(slots - 1, n, batch / n) > 1e-12
         assert Mechanism(n, batch, steps).batch(SECRET, 0).private.shape == (slots,)
+
+
+# --- Publishing several runs (rule 9) --------------------------------------------------------------------------------
+
+
+def test_two_equal_runs_cost_one_run_of_twice_the_steps():
+    one = Mechanism(400, 40, 30, noise_multiplier=2.0)
+    twice = dataclasses.replace(one, steps=60, max_batch=one.private_slots)
+    together = compose([one, one], 1e-5)
+    assert together.value == pytest.approx(twice.epsilon(1e-5).value, rel=1e-3)
+    assert together.value > one.epsilon(1e-5).value
+
+
+def test_epochs_compose_to_the_closed_form():
+    one = Mechanism(400, 40, 10, sampling="shared_epochs", noise_multiplier=4.0)
+    exact = dataclasses.replace(one, steps=30).epsilon(1e-5).value
+    assert exact <= compose([one] * 3, 1e-5).value <= exact * 1.01
+
+
+def test_what_reads_no_private_layer_adds_nothing_and_what_adds_no_noise_ends_the_claim():
+    noisy = Mechanism(400, 40, 30, noise_multiplier=2.0)
+    public, plain = (dataclasses.replace(noisy, objective=o, noise_multiplier=0.0) for o in ("public_only", "sgd"))
+    assert compose([noisy, public], 1e-5).value == pytest.approx(noisy.epsilon(1e-5).value, rel=1e-3)
+    assert compose([noisy, plain], 1e-5).value == math.inf
+    assert compose([public], 1e-5).value == 0
+
+
+def test_a_run_without_a_loss_distribution_joins_by_basic_composition():
+    shared = Mechanism(400, 40, 5, sampling="shared_poisson", noise_multiplier=20.0)
+    other = Mechanism(400, 40, 30, noise_multiplier=2.0)
+    expected = shared.epsilon(5e-6).value + other.epsilon(5e-6).value
+    assert compose([shared, other], 1e-5).value == pytest.approx(expected, rel=1e-3)
+
+
+def test_runs_on_other_records_share_no_claim():
+    one = Mechanism(400, 40, 30, noise_multiplier=2.0)
+    with pytest.raises(UserError, match="share no claim"):
+        compose([one, dataclasses.replace(one, num_units=500)], 1e-5)
