@@ -90,8 +90,8 @@ class FinderConfig:
     sure: float = 0.5
     margin: float = 0.015
     max_people: int = 4
-    max_removed: float = 0.6
-    max_elsewhere: float = 0.03
+    max_removed: float = 0.55
+    max_elsewhere: float = 0.02
     least_agreement: float = 0.3
     looks: int = 6
 
@@ -124,10 +124,12 @@ class EmbeddedFinder:
         known &= ~cues.ghosts(frames, background, moved)
         moved &= known
         upright = {t: cues.hog_people(frames[t]) for t in cues.sample_times(len(frames), config.looks)}
-        tracks = _tracks(votes, likely, moved, upright, cues.stirring(frames, fps), config, fps)
+        tracks, others = _tracks(votes, likely, moved, upright, cues.stirring(frames, fps), config, fps)
         removal = _grown(likely | moved, margin, down=margin) | _whole(~known, margin)
         for track in tracks:
             _cover(removal, track, margin)
+        for track in (*tracks, *others):
+            removal |= _lasting(frames, track, ~known, margin)
         _fill_holes(removal)
         background, known = cues.background_model(frames, removal)
         removal |= ~known | _left_behind(background, known, margin)
@@ -259,11 +261,11 @@ def _tracks(
     stirring: np.ndarray,
     config: FinderConfig,
     fps: float,
-) -> list[_Track]:
+) -> tuple[list[_Track], list[_Track]]:
     """Blobs of each frame joined over time by the overlap of their boxes; gaps up to a second are bridged.
 
-    A track is a person where the network is sure of a good part of it, or HOG sees somebody there (`upright`: boxes by
-    frame). Other moving things are removed all the same, but are nobody.
+    A track is a person where it is alive, and the network is sure of a good part of it or HOG sees somebody there
+    (`upright`: boxes by frame). The others come second: they are removed all the same, but get no avatar.
     """
     total, height, width = likely.shape
     margin = config.margin * min(height, width)
@@ -286,11 +288,14 @@ def _tracks(
         for b in sorted(free):
             tracks.append(_Track(likely.shape))
             tracks[-1].add(t, *blobs[b], sure)
-    people = [track for track in tracks if track.present.sum() >= least and track.is_person(upright, stirring)]
+    people, others = [], []
+    for track in tracks:
+        if track.present.sum() >= least:
+            (people if track.is_person(upright, stirring) else others).append(track)
     for track in people:
         track.bridge()
         track.distrust_jumps()
-    return people
+    return people, others
 
 
 def _blobs(mask: np.ndarray, margin: float, least: float = 0.002) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -348,6 +353,28 @@ def _cover(removal: np.ndarray, track: _Track, margin: float) -> None:
             x0, y0 = np.floor(track.boxes[t, :2] - 2 * margin).astype(int).clip(0)
             x1, y1 = np.ceil(track.boxes[t, 2:] + 2 * margin).astype(int)
             removal[t, y0:y1, x0:x1] = True
+
+
+def _lasting(frames: np.ndarray, track: _Track, unseen: np.ndarray, margin: float, least: float = 0.03) -> np.ndarray:
+    """(H, W) bool: the whole of somebody large who stays where they are, so that nothing was ever seen behind them.
+
+    There motion does not correct the network, so GrabCut adds what continues the outline in colour, and what reaches
+    near the lower edge of the picture is taken to reach it. Empty for those who leave their place.
+    """
+    height, width = unseen.shape
+    whole = np.zeros((height, width), bool)
+    times = np.flatnonzero(track.masks.any((1, 2)))
+    for t in times[cues.sample_times(len(times), 3)] if len(times) else ():
+        mask = track.masks[t]
+        if (mask & unseen).sum() < 0.4 * mask.sum() or mask.mean() < least:
+            continue
+        core = cv2.erode(mask.astype(np.uint8), cues.disc(2 * margin)) > 0
+        near = cues.dilated(mask, 8 * margin)
+        seed = np.select([core, mask, near], [0.95, 0.6, 0.3], 0.0).astype(np.float32)
+        seed[~near & (np.arange(height)[:, None] > 0.85 * height) & near.any(0)] = 0.3
+        whole |= cues.dilated(cues.grabcut(frames[t], seed), 2 * margin)
+    reach = whole & (np.arange(height)[:, None] > 0.8 * height)
+    return whole | np.maximum.accumulate(reach, axis=0)
 
 
 def _fill_holes(removal: np.ndarray, largest: float = 0.02) -> None:
