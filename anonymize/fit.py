@@ -177,11 +177,9 @@ def _refine(
 
     # One unit of each variable is a comparable step: radians, and translation in hundredths of the distance.
     distance = camera.to_camera(found.transl)[:, 2:].abs()
-    turn = torch.zeros_like(found.angles, requires_grad=True)
-    shift = torch.zeros_like(found.transl, requires_grad=True)
-    optimizer = torch.optim.Adam([{"params": [turn], "lr": 0.06}, {"params": [shift], "lr": 0.15}], betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, 0.01)
-    for _ in range(steps):
+    turn, shift = (torch.zeros_like(start, requires_grad=True) for start in (found.angles, found.transl))
+    adam = _Adam([turn, shift], [0.06, 0.15])
+    for step in range(steps):
         angles, transl = found.angles + turn, found.transl + 0.1 * shift * distance
         points, body_joints, nose = surface(angles)
         pixels = camera.project(points + transl[:, None])
@@ -202,13 +200,28 @@ def _refine(
         loss = loss + (smooth * (velocity[1:] - velocity[:-1])).square().sum(2).mean(1).sum()
         change = turn.view(len(turn), BODY_JOINTS, 3).square()
         loss = loss + 0.03 * (stiffness * change[:, 1:]).sum() + 0.05 * change[:, 0].sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        adam.step(torch.autograd.grad(loss, [turn, shift]), 0.55 + 0.45 * np.cos(np.pi * step / steps))
     angles, transl = (found.angles + turn).detach().numpy(), (found.transl + 0.1 * shift * distance).detach().numpy()
     rest = Pose.rest(len(angles)).arrays()
     return Pose(**{**rest, "global_orient": angles[:, :3], "body_pose": angles[:, 3:], "transl": transl})
+
+
+class _Adam:
+    """Kingma and Ba, arXiv 1412.6980, with β = (0.9, 0.95). (`torch.optim` alone takes seconds to import.)"""
+
+    def __init__(self, parameters: list[torch.Tensor], rates: list[float]):
+        self._states = [(p, rate, torch.zeros_like(p), torch.zeros_like(p)) for p, rate in zip(parameters, rates)]
+        self._count = 0
+
+    @torch.no_grad()
+    def step(self, gradients: tuple[torch.Tensor, ...], factor: float) -> None:
+        """One update, at `factor` times the learning rates."""
+        self._count += 1
+        for (parameter, rate, mean, square), gradient in zip(self._states, gradients):
+            mean.lerp_(gradient, 0.1)
+            square.lerp_(gradient.square(), 0.05)
+            size = (square / (1 - 0.95**self._count)).sqrt_().add_(1e-8)
+            parameter.addcdiv_(mean, size, value=-factor * rate / (1 - 0.9**self._count))
 
 
 def _distance_maps(masks: np.ndarray) -> torch.Tensor:

@@ -42,7 +42,7 @@ def body() -> Body:
 
 @pytest.fixture(scope="module")
 def anonymizer() -> Anonymizer:
-    return Anonymizer(PipelineConfig(fit=FitConfig(library=400, steps=5)), SECRET, Fixed(None))
+    return Anonymizer(PipelineConfig(fit=FitConfig(library=400, steps=10, iou_floor=0.2)), SECRET, Fixed(None))
 
 
 def standing(*positions: tuple[float, float]) -> list[Pose]:
