@@ -173,7 +173,9 @@ class _Worker:
 
     def _parts(self, path: pathlib.Path) -> Iterator[video.Video]:
         settings = self._settings.video
-        return video.clips(path, short_side=settings.short_side, max_frames=settings.max_frames)
+        return video.clips(
+            path, short_side=settings.short_side, max_frames=settings.max_frames, fps=settings.fps or None
+        )
 
     def _clip(self, part: video.Video, clip: str, key: str, digest: str, source: Source) -> dict[str, Any]:
         if self._anonymizer is None:

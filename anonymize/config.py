@@ -16,16 +16,20 @@ class VideoConfig:
 
     Attributes:
         short_side: frames are scaled down until their shorter side is at most so many pixels.
+        fps: frames a second to keep; 0: all.
         max_frames: a longer video becomes several clips; also what bounds the memory.
     """
 
     short_side: int = 256
+    fps: float = 0.0
     max_frames: int = 300
 
     def __post_init__(self):
         positive(self, "max_frames")
         if self.short_side < 32:
             raise UserError(f"video.short_side: {self.short_side}, expected 32 or more")
+        if not self.fps >= 0:
+            raise UserError(f"video.fps: {self.fps!r}, expected a rate, or 0 for all frames")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -140,21 +140,25 @@ def _expected_end(container: av.container.InputContainer, stream: av.VideoStream
     return 0.0, 0.0
 
 
-def clips(path: os.PathLike | str, *, short_side: int | None = None, max_frames: int) -> Iterator[Video]:
+def clips(
+    path: os.PathLike | str, *, short_side: int | None = None, max_frames: int, fps: float | None = None
+) -> Iterator[Video]:
     """Consecutive clips of at most `max_frames` frames; no more than one clip is held in memory.
 
     Frames are upright, have square pixels and even sides, and are scaled down (area filter) until the shorter side is
-    at most `short_side` pixels; None keeps the size.
+    at most `short_side` pixels; None keeps the size. With `fps` only so many frames a second are kept, those at or
+    first after each tick; None keeps all.
 
     Raises:
         UserError: missing, unreadable, not a video, no frames, or broken before its end. Frames before the break have
             then been yielded already: a caller must not take them for the whole video.
     """
-    if max_frames < 1 or (short_side is not None and short_side < 2):
-        raise ValueError(f"clips: max_frames {max_frames}, short_side {short_side}; expected at least 1 and 2")
+    if max_frames < 1 or (short_side is not None and short_side < 2) or (fps is not None and not fps > 0):
+        raise ValueError(f"clips: max_frames {max_frames}, short_side {short_side}, fps {fps}; expected 1, 2, above 0")
     frames: list[np.ndarray] = []
     times: list[float] = []
     size = turns = None
+    start, ticks = None, 0
 
     def clip() -> Video:
         video = Video(np.stack(frames), _fps(times or [0.0], stream.average_rate))
@@ -166,6 +170,11 @@ def clips(path: os.PathLike | str, *, short_side: int | None = None, max_frames:
         for frame in _decode(path, container, stream):
             if size is None:
                 size, turns = _size(_sides(stream, frame), short_side), _quarter_turns(frame)
+            if fps is not None and frame.time is not None:
+                start = frame.time if start is None else start
+                if (frame.time - start) * fps < ticks - 1e-3:
+                    continue
+                ticks = int((frame.time - start) * fps + 1e-3) + 1
             image = frame.reformat(*size, format="rgb24", interpolation="AREA").to_ndarray()
             frames.append(np.rot90(image, turns))
             if frame.time is not None:

@@ -55,6 +55,17 @@ def test_clips_are_consecutive_and_bounded(tmp_path):
     np.testing.assert_array_equal(np.concatenate([part.frames for part in parts]), whole.frames)
 
 
+@pytest.mark.parametrize(
+    ("fps", "kept"), [(25, range(20)), (12.5, range(0, 20, 2)), (10, [0, 3, 5, 8, 10, 13, 15, 18])]
+)
+def test_fewer_frames_a_second_keeps_the_first_at_or_after_each_tick(tmp_path, fps, kept):
+    video.encode(tmp_path / "a.mp4", moving_bars(), 25)
+    (whole,) = read(tmp_path / "a.mp4")
+    (clip,) = read(tmp_path / "a.mp4", fps=fps)
+    np.testing.assert_array_equal(clip.frames, whole.frames[list(kept)])
+    assert clip.fps == pytest.approx(fps, rel=0.03)
+
+
 @pytest.mark.parametrize(("short_side", "size"), [(24, (24, 32)), (25, (24, 32)), (500, (48, 64)), (None, (48, 64))])
 def test_short_side(tmp_path, short_side, size):
     video.encode(tmp_path / "a.mp4", moving_bars(), 25)
