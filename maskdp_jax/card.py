@@ -116,8 +116,8 @@ def plain_words(card: Mapping[str, Any]) -> dict[str, Any]:
     epsilon, delta = card["epsilon"], card["delta"]
     factor = math.exp(min(epsilon, 700))
     sentence = (
-        f"Whoever sees this model learns little about {card['speaks_of']}: had "
-        f"{_NEIGHBOURS[card['adjacency']]}, no outcome of the training would have been more than {factor:.3g} times as "
+        f"Whoever sees this model learns little about {card['speaks_of']}: if "
+        f"{_NEIGHBOURS[card['adjacency']]}, no outcome of the training becomes more than {factor:.3g} times as "
         f"likely or unlikely, but for a chance of {delta:.0e} (ε = {math.ceil(epsilon * 1000) / 1000:g})."
     )
     covered = [f"{card['speaks_of']}: ε = {math.ceil(epsilon * 1000) / 1000:g} at δ = {delta:g}"]
