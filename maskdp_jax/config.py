@@ -21,6 +21,7 @@ class DataConfig:
         split, eval_split: names of the splits; no `eval_split`, no evaluation.
         frames: frames a clip, spaced evenly over its length.
         size: side of the square views in pixels.
+        crop: cut each clip to a square around its avatars, wider than they are by this part; 0: the whole frame.
         cache: keep decoded views in memory (`2 * frames * size² * 3` bytes a clip).
         threads: threads that read ahead.
     """
@@ -30,6 +31,7 @@ class DataConfig:
     eval_split: str = "test"
     frames: int = 8
     size: int = 64
+    crop: float = 0.0
     cache: bool = True
     threads: int = 2
 
@@ -37,6 +39,8 @@ class DataConfig:
         if not self.path:
             raise UserError("data.path: missing, expected the folder of a two-layer dataset")
         config.positive(self, "frames", "size", "threads")
+        if not 0 <= self.crop < 10:
+            raise UserError(f"data.crop: {self.crop!r}, expected a number from 0 to below 10")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,11 +70,13 @@ class Clips:
         return len(self.keys)
 
     def views(self, number: int) -> tuple[UInt8[np.ndarray, "t h w 3"], UInt8[np.ndarray, "t h w 3"]]:
-        """Composite and public view of one clip, composed at full size and brought to `size` alike."""
+        """Composite and public view of one clip, composed at full size, cropped and brought to `size` alike."""
         if (kept := self._memory.get(number)) is not None:
             return kept
         record = self._records[self.keys[number].index]
         rgba, private = record.layers(spaced(record.frames, self._config.frames))
+        if self._config.crop:
+            rgba, private = cropped(rgba, private, self._config.crop)
         made = tuple(
             resize(view, self._config.size) for view in (layers.composite(rgba, private), layers.public_view(rgba))
         )
@@ -104,6 +106,34 @@ class Clips:
 def spaced(length: int, count: int) -> list[int]:
     """`count` frame indices spaced evenly over a clip of `length`, its first and last included."""
     return np.linspace(0, length - 1, count).round().astype(int).tolist()
+
+
+def cropped(
+    rgba: UInt8[np.ndarray, "t h w 4"], private: UInt8[np.ndarray, "t h w 3"], margin: float
+) -> tuple[UInt8[np.ndarray, "t s s 4"], UInt8[np.ndarray, "t s s 3"]]:
+    """Both layers cut to one square around all avatars, wider than they are by `margin` of its side.
+
+    Guarantees:
+        The square follows from α alone, which is released side information; no private pixel moves it. Where it leaves
+        the frame there is nothing: α = 0 over the fill. Without an avatar it is the largest one in the middle.
+    """
+    height, width = rgba.shape[1:3]
+    covered = (rgba[..., 3] > 0).any(axis=0)
+    if covered.any():
+        rows, columns = np.flatnonzero(covered.any(axis=1)), np.flatnonzero(covered.any(axis=0))
+        side = round((1 + margin) * max(np.ptp(rows), np.ptp(columns)) + 1)
+        middle = (rows[0] + rows[-1]) / 2, (columns[0] + columns[-1]) / 2
+    else:
+        side, middle = min(height, width), (height / 2, width / 2)
+    top, left = (
+        round(min(max(centre - side / 2, 0), max(length - side, 0))) for centre, length in zip(middle, (height, width))
+    )
+    shape = (len(rgba), side, side)
+    square, scene = np.zeros((*shape, 4), np.uint8), np.full((*shape, 3), layers.FILL, np.uint8)
+    seen = np.s_[:, : min(side, height - top), : min(side, width - left)]
+    taken = np.s_[:, top : top + side, left : left + side]
+    square[seen], scene[seen] = rgba[taken], private[taken]
+    return square, scene
 
 
 def resize(frames: UInt8[np.ndarray, "t h w 3"], size: int) -> UInt8[np.ndarray, "t s s 3"]:

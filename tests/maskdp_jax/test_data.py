@@ -101,3 +101,32 @@ def test_split_without_labels_is_refused(tmp_path, toy):
     with pytest.raises(UserError, match="no labelled clip"):
         data.Clips(layers.Dataset(tmp_path), "train", config)
     assert len(data.Clips(layers.Dataset(tmp_path), "train", config, labelled=False)) == 1
+
+
+def layers_with_box(height, width, rows, columns, seed=0):
+    rng = np.random.default_rng(seed)
+    rgba = np.zeros((2, height, width, 4), np.uint8)
+    rgba[:, rows, columns] = 255
+    return rgba, rng.integers(0, 256, (2, height, width, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "rows", "columns"),
+    [(40, 60, slice(10, 20), slice(30, 35)), (40, 60, slice(0, 40), slice(55, 60)), (40, 40, slice(0), slice(0))],
+)
+def test_the_crop_is_a_square_that_holds_every_avatar_and_follows_from_alpha_alone(height, width, rows, columns):
+    rgba, private = layers_with_box(height, width, rows, columns)
+    square, scene = data.cropped(rgba, private, 0.25)
+    assert square.shape[1] == square.shape[2] == scene.shape[1] == scene.shape[2]
+    assert (square[..., 3] > 0).sum() == (rgba[..., 3] > 0).sum()
+    other, _ = data.cropped(rgba, 255 - private, 0.25)
+    np.testing.assert_array_equal(square, other)
+    filled = data.cropped(rgba, np.full_like(private, layers.FILL), 0.25)
+    np.testing.assert_array_equal(layers.composite(*filled), layers.public_view(square))
+
+
+def test_the_crop_keeps_what_lies_around_the_avatar():
+    rgba, private = layers_with_box(40, 60, slice(10, 20), slice(30, 40))
+    _, scene = data.cropped(rgba, private, 1.0)
+    assert scene.shape[1] == 19
+    np.testing.assert_array_equal(scene, private[:, 5:24, 25:44])
