@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from maskdp import config as config_files
 from maskdp.errors import UserError
 from maskdp_jax import step as steps
-from maskdp_jax.config import TrainConfig
+from maskdp_jax.config import DataConfig, TrainConfig
 from maskdp_jax.keys import RunSecret
 from maskdp_jax.model import Network, Params
 from maskdp_jax.objectives import Objective, Weights
@@ -79,7 +79,7 @@ class Trained:
         objective: how it answers (`Objective.logits`).
         weights: its parameters, the averaged W among them.
         labels: class names.
-        frames, size: of the clips it takes.
+        views: how clips are brought before it.
         config: resolved values of the run's config.
         card: its privacy card.
         data: fingerprint of the dataset it was trained on.
@@ -88,8 +88,7 @@ class Trained:
     objective: Objective
     weights: Weights
     labels: list[str]
-    frames: int
-    size: int
+    views: DataConfig
     config: Mapping[str, Any]
     card: Mapping[str, Any]
     data: str
@@ -142,8 +141,7 @@ def load(folder: str | pathlib.Path) -> Trained:
         objective,
         weights,
         list(about["labels"]),
-        config.data.frames,
-        config.data.size,
+        config.data,
         config_files.resolved(config),
         card,
         about["data"],

@@ -1,6 +1,7 @@
 """`maskdp eval` and `maskdp predict`: what a trained model says of clips, seen whole or as public views alone."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +15,6 @@ from rich.table import Table
 from maskdp import layers, progress
 from maskdp.errors import UserError
 from maskdp_jax import checkpoint
-from maskdp_jax.config import DataConfig
 from maskdp_jax.data import Clips
 from maskdp_jax.objectives import Objective, Weights
 
@@ -55,7 +55,7 @@ def _clips(trained: checkpoint.Trained, path: str, split: str, labelled: bool) -
     dataset = layers.Dataset(path)
     if labelled and list(dataset.labels) != list(trained.labels):
         raise UserError(f"{path}: labels {', '.join(dataset.labels)}, expected the model's {', '.join(trained.labels)}")
-    config = DataConfig(path=path, frames=trained.frames, size=trained.size, cache=False)
+    config = dataclasses.replace(trained.views, path=path, cache=False)
     return Clips(dataset, split, config, labelled=labelled)
 
 
