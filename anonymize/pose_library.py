@@ -21,6 +21,7 @@ _SEED = 7
 _SIDE, _MARGIN = 32, 2  # of the canvas on which silhouettes are compared, pixels
 _IN_VIEW = (0.72, 0.55, 0.42, 0.3)  # share of the height in view, where the picture's lower edge cuts the person
 _UNUSUAL = 0.1  # weight of the prior against overlap
+_CUT = 0.08  # cost of taking the picture's lower edge to hide the rest of a body
 _CANDIDATES = 40  # poses kept a frame
 _EDGE = 2  # pixels; a mask this near to the picture's edge is taken to be cut by it
 
@@ -159,7 +160,7 @@ class PoseLibrary:
             if joints is not None:
                 cost += _keypoint_cost(torch.as_tensor(joints, dtype=torch.float32), centre, extent, view.keypoints)
             if index:
-                cost[torch.from_numpy(~cut)] = torch.inf
+                cost = (cost + _CUT).masked_fill(torch.from_numpy(~cut)[:, None], torch.inf)
             costs.append(cost)
         cost, candidate = torch.cat(costs, 1).topk(_CANDIDATES, largest=False)
         count = len(self.angles)
@@ -237,7 +238,7 @@ def _best_path(cost: torch.Tensor, joints: torch.Tensor, facing: torch.Tensor, l
         moved = torch.cdist(joints[t - 1].flatten(1), joints[t].flatten(1)) / BODY_JOINTS**0.5
         turned = 1 - facing[t - 1] @ facing[t].T
         nearer = (log_depth[t - 1][:, None] - log_depth[t]).abs()
-        step = 0.3 * (moved - 0.15).relu() + 0.2 * (turned - 0.3).relu() + 0.5 * (nearer - 0.05).clamp(0, 0.5)
+        step = 0.3 * (moved - 0.15).relu() + 0.2 * (turned - 0.3).relu() + (nearer - 0.05).clamp(0, 1)
         best, origin = (total[:, None] + step).min(0)
         total = best + cost[t]
         came_from.append(origin)
