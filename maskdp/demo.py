@@ -23,9 +23,7 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "sgd": (),
 }
 """What is trained, and what it needs besides the demo's config."""
-PUBLIC = ("--actions", "public", "--seed", "1", "--layers", "true")
-"""Public videos need no anonymizing: they are filmed in two layers."""
-VIDEOS = 160
+VIDEOS = 120
 STATE = "demo.json"
 
 
@@ -44,23 +42,18 @@ def stages(out: pathlib.Path, videos: int) -> list[Stage]:
         out: folder of the demo.
         videos: private videos to film.
     """
-    filmed, public, private, runs = (str(out / name) for name in ("filmed", "public", "private", "runs"))
-    train, pretrain = (("train", "--config_path", str(config.bundled(name))) for name in ("demo.yaml", "pretrain.yaml"))
-    pretrained, flagship = f"{runs}/pretrained", f"{runs}/maskdp"
+    filmed, private, runs = (str(out / name) for name in ("filmed", "private", "runs"))
+    train = ("train", "--config_path", str(config.bundled("demo.yaml")))
+    flagship = f"{runs}/maskdp"
     return [
         Stage("film the private videos", ("studio", "--out", filmed, "--videos", str(videos))),
-        Stage(
-            "film public ones, of other actions, people and places",
-            ("studio", "--out", public, "--videos", str(videos), *PUBLIC),
-        ),
         Stage("anonymize", ("anonymize", f"{filmed}/manifest.csv", "--out", private, "--workers", "2")),
-        Stage("pre-train on the public ones", (*pretrain, "--data.path", public, "--out", pretrained)),
         *(
             Stage(
                 f"train: {objective}",
                 (
                     *(*train, "--objective.type", objective, *settings),
-                    *("--data.path", private, "--init", pretrained, "--out", f"{runs}/{objective}"),
+                    *("--data.path", private, "--out", f"{runs}/{objective}"),
                 ),
             )
             for objective, settings in OBJECTIVES.items()

@@ -71,6 +71,10 @@ class Checkpoints:
         self._manager.close()
 
 
+STUDIO = pathlib.Path(__file__).parent / "assets" / "studio"
+"""Export of a model trained on public studio clips, `configs/pretrain.yaml`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Trained:
     """A trained model, ready for use.
@@ -112,12 +116,12 @@ def read_config(folder: str | pathlib.Path) -> TrainConfig:
 
 
 def load(folder: str | pathlib.Path) -> Trained:
-    """The trained model in a run folder or an export.
+    """The trained model in a run folder or an export; `studio` is the encoder that comes with the project.
 
     Raises:
         UserError: it is neither, or the run has no checkpoint yet.
     """
-    folder = pathlib.Path(folder)
+    folder = STUDIO if str(folder) == "studio" else pathlib.Path(folder)
     config = read_config(folder)
     exported = (folder / MODEL).exists()
     about = _json(folder / (MODEL if exported else RUN))

@@ -263,6 +263,7 @@ class TrainConfig:
         out: run folder; the same command continues a run that was cut off.
         seed: of the initial weights. Never of noise or sampling, which come from the run's secret.
         init: run or export whose weights to start from, trained on public data; its head is kept if the labels agree.
+            `studio` is the one that comes with the project (`configs/pretrain.yaml`).
         trainable: regular expressions of parameter names; one that matches anywhere is trained.
     """
 
