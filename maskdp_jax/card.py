@@ -127,7 +127,7 @@ def plain_words(card: Mapping[str, Any]) -> dict[str, Any]:
     uncovered = list(card["not_covered"])
     for who in ("person", "place"):
         if most[who] > 1:
-            uncovered.append(f"one {who} as a whole: up to {most[who]} records, so up to that many times ε and a larger δ")
+            uncovered.append(f"one {who} as a whole: up to {most[who]} records, up to so many times ε, and a larger δ")
     uncovered.append("choices made by looking at private results, and further runs on the same data")
     return {"sentence": sentence, "covered": covered, "uncovered": uncovered}
 
