@@ -372,6 +372,8 @@ def _write_shards(out: pathlib.Path, sources, records, settings: AnonymizeConfig
     """Builds the dataset from the finished work, one clip in memory at a time; False where no clip was written."""
     labels = sorted({source.label for source in sources if source.label is not None}) or ["unknown"]
 
+    first: dict[str, str] = {}  # one file given twice is one video
+
     def clips(chosen: list[tuple[Source, dict[str, Any]]]) -> Iterator[layers.TwoLayerClip]:
         for source, record in chosen:
             rgba, private = read_work(out / "work" / f"{record['clip_id']}.npz")
@@ -380,8 +382,8 @@ def _write_shards(out: pathlib.Path, sources, records, settings: AnonymizeConfig
                 private=private,
                 label=-1 if source.label is None else labels.index(source.label),
                 clip_id=record["clip_id"],
-                video_id=record["video_id"],
-                scene_id=source.scene or record["video_id"],
+                video_id=first.setdefault(record["source"], record["video_id"]),
+                scene_id=source.scene or "",
                 subject_ids=source.subjects,
                 source=record["source"],
                 fps=record["fps"],

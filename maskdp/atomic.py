@@ -18,6 +18,13 @@ def _sync_folder(folder: pathlib.Path) -> None:
         os.close(descriptor)
 
 
+def _umask() -> int:
+    """The umask of this process: temporary files are private whatever it is, finished ones follow it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
 @contextlib.contextmanager
 def writing(path: os.PathLike | str) -> Iterator[pathlib.Path]:
     """Yields a temporary path beside `path`; on a clean exit it is synced and renamed to `path`, else removed."""
@@ -30,7 +37,7 @@ def writing(path: os.PathLike | str) -> Iterator[pathlib.Path]:
         yield aside
         with open(aside, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
+        os.chmod(aside, 0o666 & ~_umask())
         os.replace(aside, path)
         _sync_folder(path.parent)
     finally:
@@ -78,7 +85,7 @@ def folder(path: os.PathLike | str) -> Iterator[pathlib.Path]:
             if file.is_file():
                 with open(file, "rb+") as opened:
                     os.fsync(opened.fileno())
-        os.chmod(aside, 0o755)
+        os.chmod(aside, 0o777 & ~_umask())
         os.rename(aside, path)
         _sync_folder(path.parent)
     finally:

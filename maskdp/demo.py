@@ -14,15 +14,7 @@ from collections.abc import Sequence
 from maskdp import atomic, config, process
 from maskdp.errors import UserError
 
-OBJECTIVES: dict[str, tuple[str, ...]] = {
-    "maskdp": (),
-    "maskdp_residual": ("--objective.learning_rate", "0.001"),
-    "maskdp_two_step": ("--objective.learning_rate", "0.001"),
-    "dp_sgd": ("--objective.learning_rate", "0.001"),
-    "public_only": (),
-    "sgd": (),
-}
-"""What is trained, and what it needs besides the demo's config."""
+OBJECTIVES = ("maskdp", "maskdp_residual", "maskdp_two_step", "dp_sgd", "public_only", "sgd")
 VIDEOS = 120
 STATE = "demo.json"
 
@@ -51,12 +43,9 @@ def stages(out: pathlib.Path, videos: int) -> list[Stage]:
         *(
             Stage(
                 f"train: {objective}",
-                (
-                    *(*train, "--objective.type", objective, *settings),
-                    *("--data.path", private, "--out", f"{runs}/{objective}"),
-                ),
+                (*train, "--objective.type", objective, "--data.path", private, "--out", f"{runs}/{objective}"),
             )
-            for objective, settings in OBJECTIVES.items()
+            for objective in OBJECTIVES
         ),
         Stage("evaluate maskdp, class by class", ("eval", flagship, "--data", private)),
         Stage("audit the dataset", ("audit", private)),

@@ -84,7 +84,13 @@ def audit_run(folder: str | pathlib.Path, trials: int) -> Iterator[Finding]:
     yield Finding(
         "ε follows from the mechanism", own <= card["epsilon"] * (1 + 1e-6), f"{own:.6g} of {card['epsilon']:.6g}"
     )
-    from_config = make_mechanism(config, recorded.num_units)
+    dataset = layers.Dataset(config.data.path)
+    same = dataset.fingerprint() == trained.data
+    yield Finding("the dataset is the one it was trained on", same, config.data.path)
+    if not same:
+        return
+    count = len(units(Clips(dataset, config.data.split, config.data).keys, config.privacy))
+    from_config = make_mechanism(config, count)
     yield Finding(
         "the mechanism follows from the config", from_config == recorded, recorded.epsilon(card["delta"]).event
     )

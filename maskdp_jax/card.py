@@ -102,8 +102,8 @@ def plain_words(card: Mapping[str, Any]) -> dict[str, Any]:
     objective, most = card["objective"], card["most_records"]
     if objective == "public_only" and card["data"]["context"] == "none":
         sentence = (
-            "This model was trained on avatars over a blank background. No private pixel entered it, so it can tell "
-            "nothing of the scenes; no ε is spent."
+            "This model was trained on avatars over a blank background. No private pixel of these clips entered it, so "
+            "it can tell nothing of their scenes; no ε is spent."
         )
         return {
             "sentence": sentence,
@@ -126,7 +126,9 @@ def plain_words(card: Mapping[str, Any]) -> dict[str, Any]:
             covered.append(f"the same of one {who}, all of whose clips are one record")
     uncovered = list(card["not_covered"])
     for who in ("person", "place"):
-        if most[who] > 1:
+        if most[who] is None:
+            uncovered.append(f"one {who} as a whole: the dataset does not say which clips share one")
+        elif most[who] > 1:
             uncovered.append(f"one {who} as a whole: up to {most[who]} records, up to so many times ε, and a larger δ")
     uncovered.append("choices made by looking at private results, and further runs on the same data")
     return {"sentence": sentence, "covered": covered, "uncovered": uncovered}

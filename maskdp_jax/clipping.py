@@ -60,7 +60,7 @@ def clipped_sum(
     def microbatch(examples, padding):
         gradients, _ = factored_vmap(lambda p, example: (grad_fn(p, example), ()), (None, 0))(params, examples)
         squares = sum(gradients.squared_norms()).astype(jnp.float32)
-        finite = jnp.isfinite(squares)
+        finite = jnp.isfinite(squares) & (squares >= 0)
         counts = ~padding & finite
         norms = jnp.sqrt(jnp.where(counts, squares, 0))
         scales = jnp.minimum(1, l2_clip_norm * _ROUNDING / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny))

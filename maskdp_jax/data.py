@@ -150,7 +150,7 @@ def units(keys: Sequence[Keys], privacy: PrivacyConfig) -> list[tuple[int, ...]]
         out beyond `clips_per_record`, follows from a hash of the ids alone and never from a pixel.
 
     Raises:
-        UserError: the unit is `subject` and a clip names nobody.
+        UserError: the unit is `subject` or `scene`, and a clip does not say whose or where it is.
     """
     order = sorted(range(len(keys)), key=lambda n: _hash(keys[n].clip_id))
     if privacy.unit == "subject":
@@ -158,7 +158,12 @@ def units(keys: Sequence[Keys], privacy: PrivacyConfig) -> list[tuple[int, ...]]
     else:
         groups = {}
         for number in order:
-            groups.setdefault(getattr(keys[number], f"{privacy.unit}_id"), []).append(number)
+            key = getattr(keys[number], f"{privacy.unit}_id")
+            if not key:
+                raise UserError(
+                    f"clip {keys[number].clip_id}: no {privacy.unit}_id, which privacy.unit {privacy.unit} needs"
+                )
+            groups.setdefault(key, []).append(number)
     most = privacy.clips_per_record or None
     return [tuple(sorted(numbers[:most])) for _, numbers in sorted(groups.items(), key=lambda item: str(item[0]))]
 
@@ -183,14 +188,19 @@ def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def contributions(keys: Sequence[Keys], records: Sequence[tuple[int, ...]]) -> dict[str, int]:
-    """Most records one person, one place and one video have: how far ε for one record is from ε for them."""
+def contributions(keys: Sequence[Keys], records: Sequence[tuple[int, ...]]) -> dict[str, int | None]:
+    """Most records one person, one place and one video have: how far ε for one record is from ε for them.
+
+    None where a clip does not say who is in it or where it was filmed: any of the records may then share them.
+    """
     tally: dict[str, Counter] = {"person": Counter(), "place": Counter(), "video": Counter()}
     for record in records:
         tally["person"].update({person for number in record for person in keys[number].subject_ids})
         tally["place"].update({keys[number].scene_id for number in record})
         tally["video"].update({keys[number].video_id for number in record})
-    return {name: max(count.values(), default=0) for name, count in tally.items()}
+    used = [keys[number] for record in records for number in record]
+    known = {"person": all(k.subject_ids for k in used), "place": all(k.scene_id for k in used), "video": True}
+    return {name: max(count.values(), default=0) if known[name] else None for name, count in tally.items()}
 
 
 def stream(load: Callable[[int], Any], start: int, stop: int, threads: int) -> Iterator[Any]:

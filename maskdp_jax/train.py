@@ -64,6 +64,7 @@ def train(config: TrainConfig) -> pathlib.Path:
             "the private layer holds; expected objective.type sgd, or dp_sgd with privacy.adjacency remove"
         )
     clips = Clips(dataset, config.data.split, config.data)
+    eval_clips = _eval_clips(config, dataset) if config.data.eval_split else None
     records = units(clips.keys, config.privacy)
     most_clips = max(map(len, records))
     fingerprint = dataset.fingerprint()
@@ -105,7 +106,7 @@ def train(config: TrainConfig) -> pathlib.Path:
 
     # ---- The loop.
     step = make_step(objective, mechanism, Optimizers.from_config(config), layout)
-    evaluator = Evaluator(objective, _eval_clips(config, dataset)) if config.data.eval_split else None
+    evaluator = Evaluator(objective, eval_clips) if eval_clips else None
     metrics = _Metrics(folder / METRICS, first)
     began = time.monotonic()
     with progress.bar(f"train {objective.name}", mechanism.steps, "steps") as advance:
@@ -202,17 +203,24 @@ def _open_folder(folder: pathlib.Path, config: TrainConfig, about: dict[str, Any
 def _start_weights(config: TrainConfig, network: Network, labels: list[str], fingerprint: str):
     """Weights of the run or export `config.init`, and where they come from for the card.
 
-    They enter for free, so they must be a function of public data.
+    They enter for free, so they must be a function of public data, and so must all the runs behind them.
+
+    Raises:
+        UserError: a run behind them was private, or read what this run protects: the clips of this very dataset, or
+            under `remove` also its avatars and labels.
     """
     trained = checkpoint.load(config.init)
-    source = trained.objective.name
-    if config.objective.private or config.objective.name == "public_only":
-        if source not in ("sgd", "public_only"):
-            raise UserError(f"init: {config.init} is a private {source} run, expected one on public data")
-        if trained.data == fingerprint and source != "public_only":
-            raise UserError(f"init: {config.init} was trained with {source} on this very dataset, expected public data")
+    behind = trained.card.get("start_weights", {}).get("runs", [])
+    runs = [{"objective": trained.objective.name, "data": trained.data}, *behind]
+    for run in runs if config.objective.name != "sgd" else ():
+        if run["objective"] not in ("sgd", "public_only"):
+            raise UserError(f"init: {config.init} stems from a private {run['objective']} run, expected public data")
+        if run["data"] == fingerprint and (run["objective"] == "sgd" or config.privacy.adjacency == "remove"):
+            raise UserError(
+                f"init: {config.init} was trained with {run['objective']} on this very dataset, expected public data"
+            )
     params = fits(trained.params, network.init, head=trained.labels == labels)
-    return params, {"from": f"{source} on a dataset taken as public", "data": trained.data}
+    return params, {"from": "runs on datasets taken as public", "runs": runs}
 
 
 def _views(clips: Clips, records, layout: parallel.Layout, ids: np.ndarray, most_clips: int) -> Views | None:

@@ -161,7 +161,7 @@ def test_manifest_gives_labels_subjects_scenes_and_splits(films, tmp_path):
     assert dataset.labels == ["squat", "wave"]
     (wave,), (squat,) = dataset["test"], dataset["train"]
     assert (wave.label, wave.subject_ids, wave.scene_id) == (1, ("ann", "bob"), "hall")
-    assert (squat.label, squat.subject_ids, squat.scene_id) == (0, (), squat.video_id)
+    assert (squat.label, squat.subject_ids, squat.scene_id) == (0, (), "")
 
 
 def test_folders_label_where_asked_and_long_videos_become_several_clips(films, tmp_path):
