@@ -186,7 +186,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     if given.trials < 1:
         raise UserError(f"--trials: {given.trials}, expected a number above 0")
-    is_run = (pathlib.Path(given.path) / checkpoint.CONFIG).exists()
+    is_run = any((pathlib.Path(given.path) / name).exists() for name in (checkpoint.RUN, checkpoint.MODEL))
     findings = list(audit_run(given.path, given.trials) if is_run else audit_dataset(given.path))
     table = Table("check", "", "seen")
     for finding in findings:

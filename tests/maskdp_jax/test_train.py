@@ -105,7 +105,10 @@ def test_trunk_of_a_public_run_is_taken_but_never_one_of_these_data(finished, to
     before, after = checkpoint.load(first).params, checkpoint.load(second).params
     for name in before:
         assert name.startswith("head.") or np.array_equal(before[name], after[name])
-    assert json.loads((second / "privacy_card.json").read_text())["start_weights"]["from"].startswith("sgd")
+    (behind,) = json.loads((second / "privacy_card.json").read_text())["start_weights"]["runs"]
+    assert behind["objective"] == "sgd"
+    with pytest.raises(UserError, match="this very dataset"):
+        run(toy.arguments(public, tmp_path / "d", "maskdp", init=second))  # its own data, two runs back
 
 
 def test_kill_minus_nine_changes_nothing(toy, dataset, tmp_path):
