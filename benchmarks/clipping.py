@@ -13,8 +13,8 @@ time        Median over rounds of (this row's time / its framework's plain gradi
             turns within a round, so that whatever else the machine does falls on all of them.
 temporary   What XLA says at compile time that the program needs besides its arguments and results. Not for torch.
 peak        Measured over one step in a fresh process: the most memory held during the step less what was held before it
-            and less the gradient. On a GPU from the framework's allocator; on a CPU only for torch, from the resident set
-            (Linux), since XLA's own figure leaves nothing open there.
+            and less the gradient. On a GPU from the framework's allocator; on a CPU only for torch, from the resident
+            set (Linux), since XLA's own figure leaves nothing open there.
 largest     With --memory_limit: the largest batch for which arguments, results and temporaries fit, by bisection over
             compiled programs that are never run (to one part in 16). Not for torch.
 error       Largest difference to jax_privacy's gradient, over the largest entry, of the worst leaf.
@@ -34,6 +34,7 @@ import os
 import pathlib
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -223,6 +224,7 @@ def torch_step(shape: Shape, case: str, method: str) -> Callable[[], Any]:
         def forward(self, x):
             return self.head(self.norm(self.blocks(self.embed(x))).mean(1))
 
+    warnings.filterwarnings("ignore", "Full backward hook is firing")  # pixels need no gradient
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trainable, frozen, batch = jax.tree.map(np.array, jax.jit(problem(shape, case)[1])())
     network = Network()
