@@ -171,6 +171,7 @@ def problem(shape: Shape, case: str) -> tuple[Callable, Callable]:
     return loss, arguments
 
 
+@functools.cache
 def compiled(shape: Shape, case: str, method: str) -> jax.stages.Compiled:
     loss, arguments = problem(shape, case)
     options = {"l2_clip_norm": CLIP_NORM, "batch_argnums": 2}
