@@ -341,7 +341,7 @@ def measure(shape: Shape, case: str, rounds: int, memory_limit: float | None) ->
     steps = {key: make_step(shape, case, *key) for key in keys}
 
     def first_step(key):
-        to_host = np.asarray if key[0] == "jax" else lambda leaf: leaf.cpu().numpy().copy()
+        to_host = np.asarray if key[0] == "jax" else lambda leaf: leaf.detach().cpu().numpy().copy()
         return jax.tree.map(to_host, steps[key]())
 
     reference = first_step(("jax", "jax_privacy"))
