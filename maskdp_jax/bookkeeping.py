@@ -245,11 +245,11 @@ def _of_patches(eqn) -> core.ClosedJaxpr | None:
 
 
 def _like(var) -> jax.ShapeDtypeStruct:
-    """Stands for the value of `var` in a trace."""
+    """Stands for the value of `var` in a trace, inside `shard_map` too."""
     aval = var.aval
-    return jax.ShapeDtypeStruct(
-        aval.shape, aval.dtype, weak_type=aval.weak_type, manual_axis_type=aval.manual_axis_type
-    )
+    sharding = None if aval.sharding.mesh.empty else aval.sharding
+    options = {"weak_type": aval.weak_type, "sharding": sharding, "manual_axis_type": aval.manual_axis_type}
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, **options)
 
 
 def _inverse(permutation: Sequence[int]) -> list[int]:
