@@ -219,9 +219,11 @@ def encode(path: os.PathLike | str, frames: Iterable[np.ndarray], fps: float, *,
                 frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
             if stream is None:
                 rate = fractions.Fraction(fps).limit_denominator(1001)
-                stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": "veryfast"})
+                # x264's macroblock tree is not repeatable on AVX-512, and its output depends on the number of threads.
+                options = {"crf": str(crf), "preset": "veryfast", "mbtree": "0"}
+                stream = container.add_stream("libx264", rate=rate, options=options)
                 stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "yuv420p"
-                stream.codec_context.thread_count = 1  # x264's output depends on the number of threads
+                stream.codec_context.thread_count = 1
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         if stream is None:
             raise ValueError(f"{path}: no frames to encode")
