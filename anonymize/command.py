@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import hmac
 import io
+import itertools
 import json
 import logging
 import multiprocessing
@@ -77,22 +78,45 @@ def gather(paths: Sequence[str], settings) -> tuple[list[Source], list[str]]:
     sources, problems = [], []
     for path in map(pathlib.Path, paths):
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
+            files, unread = _in_folder(path)
             sources += [_from_file(file, str(file.relative_to(path.parent)), settings) for file in files]
-            if not files:
-                problems.append(f"{path}: no video in this folder")
-        elif not path.exists():
-            problems.append(f"{path}: no such file or folder")
+            problems += unread or ([] if files else [f"{path}: no video in this folder"])
+        elif not path.is_file():
+            problems.append(f"{path}: not a file" if path.exists() else f"{path}: no such file or folder")
         elif path.suffix.lower() in MANIFESTS:
             sources += _from_manifest(path, settings)
         else:
             sources.append(_from_file(path, path.name, settings))
-    seen = Counter()
+    taken = set()
     for index, source in enumerate(sources):
-        seen[source.name] += 1
-        if seen[source.name] > 1:
-            sources[index] = dataclasses.replace(source, name=f"{source.name}#{seen[source.name]}")
+        names = itertools.chain([source.name], (f"{source.name}#{number}" for number in itertools.count(2)))
+        name = next(name for name in names if name not in taken)
+        taken.add(name)
+        sources[index] = dataclasses.replace(source, name=name)
     return sources, problems
+
+
+def _in_folder(top: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
+    """Every video under a folder, sorted, and a line for each entry that cannot be read. Links are followed, once."""
+    files, problems, seen = [], [], set()
+
+    def unreadable(error: OSError) -> None:
+        problems.append(f"{error.filename}: {error.strerror}")
+
+    for folder, folders, names in os.walk(top, onerror=unreadable, followlinks=True):
+        if os.path.realpath(folder) in seen:
+            folders.clear()  # a link that leads back, or to what is listed already
+            continue
+        seen.add(os.path.realpath(folder))
+        folders.sort()
+        for name in names:
+            file = pathlib.Path(folder, name)
+            if file.suffix.lower() in EXTENSIONS:
+                if file.is_file():
+                    files.append(file)
+                else:
+                    problems.append(f"{file}: not a file, or a link that leads nowhere")
+    return sorted(files), problems
 
 
 def _from_file(file: pathlib.Path, name: str, settings) -> Source:
@@ -103,7 +127,7 @@ def _from_file(file: pathlib.Path, name: str, settings) -> Source:
 def _from_manifest(path: pathlib.Path, settings) -> list[Source]:
     """Rows of a csv (with a header) or jsonl: path, and where known label, subject_ids, scene_id, split."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".csv":
             rows = list(csv.DictReader(io.StringIO(text)))
         else:
@@ -112,13 +136,14 @@ def _from_manifest(path: pathlib.Path, settings) -> list[Source]:
         raise UserError(f"{path}: not a readable manifest ({error})") from None
     sources = []
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not row.get("path"):
+        if not isinstance(row, dict) or not isinstance(row.get("path"), str) or not row["path"]:
             raise UserError(f"{path}: entry {number} has no path, expected path[,label,subject_ids,scene_id,split]")
-        file = path.parent / row["path"]
         subjects = row.get("subject_ids") or ()
         if isinstance(subjects, str):
             subjects = [subject.strip() for subject in subjects.split(";")]
-        known = _from_file(file, str(row["path"]), settings)
+        elif not isinstance(subjects, list | tuple):
+            raise UserError(f"{path}: entry {number} has subject_ids {subjects!r}, expected a list")
+        known = _from_file(path.parent / row["path"], row["path"], settings)
         label = row.get("label")
         sources.append(
             dataclasses.replace(
@@ -165,6 +190,8 @@ class _Worker:
             ]
         except UserError as error:
             return [_failed(key, str(error).removeprefix(f"{source.path}: "))]
+        except OSError:  # of the output; what is wrong with the file itself is a UserError
+            raise
         except Exception as error:  # one bad file must not end a batch of thousands; it is reported, never written
             logging.getLogger(__name__).exception("%s: internal error", source.path)
             return [_failed(key, f"internal error, {type(error).__name__}")]
@@ -208,7 +235,7 @@ class _Worker:
 
 def video_key(secret: bytes, name: str) -> str:
     """A video's key: nothing of its content, and its name only to who has the secret."""
-    return hmac.digest(secret, f"video/{name}".encode(), hashlib.sha256).hex()[:16]
+    return hmac.digest(secret, f"video/{name}".encode(errors="surrogateescape"), hashlib.sha256).hex()[:16]
 
 
 def _failed(key: str, reason: str) -> dict[str, Any]:
@@ -283,7 +310,7 @@ def wardrobe_secret(file: pathlib.Path, create: bool) -> bytes:
         UserError: missing, or not of 32 bytes.
     """
     if create and not file.exists():
-        descriptor, aside = tempfile.mkstemp(dir=file.parent)  # mode 0600
+        descriptor, aside = tempfile.mkstemp(prefix=f".{file.name}{atomic.PARTIAL}", dir=file.parent)  # mode 0600
         with open(descriptor, "wb") as opened:
             opened.write(secrets.token_bytes(SECRET_BYTES))
             opened.flush()
@@ -322,19 +349,21 @@ def anonymize(paths: Sequence[str], settings: AnonymizeConfig) -> int:
         print(f"maskdp anonymize: {problem}", file=sys.stderr)
     out = pathlib.Path(settings.out)
     try:
-        for folder in (out, out / "work"):
-            folder.mkdir(parents=True, exist_ok=True)
+        (out / "work").mkdir(parents=True, exist_ok=True)
+        with _alone(out):
+            for folder in (out, out / "work", out / "sheets"):
+                atomic.sweep(folder)
+            own = out / "wardrobe.secret"
+            secret = wardrobe_secret(pathlib.Path(settings.wardrobe_secret or own), create=not settings.wardrobe_secret)
+            atomic.write_text(out / "config.yaml", config.dump(settings))
+            records = _run(sources, settings, secret)
+            _write_records(out, sources, records, secret)
+            written = _write_shards(out, sources, records, settings)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
-    with _alone(out):
-        own = out / "wardrobe.secret"
-        secret = wardrobe_secret(pathlib.Path(settings.wardrobe_secret or own), create=not settings.wardrobe_secret)
-        atomic.write_text(out / "config.yaml", config.dump(settings))
-        records = _run(sources, settings, secret)
-        _write_records(out, sources, records, secret)
-        written = _write_shards(out, sources, records, settings)
-        counts = Counter(record["status"] for found in records.values() for record in found)
-        _say(out, records, counts, written)
+        place = error.filename or out
+        raise UserError(f"{place}: {error.strerror or error}; once it can be written, run again to go on") from None
+    counts = Counter(record["status"] for found in records.values() for record in found)
+    _say(out, records, counts, written)
     return 1 if problems or counts["failed"] else 0
 
 
@@ -364,7 +393,7 @@ def _write_records(out: pathlib.Path, sources, records, secret: bytes) -> None:
     writer = csv.writer(table)
     writer.writerow(("video_id", "path"))
     writer.writerows((video_key(secret, source.name), source.path.resolve()) for source in sources)
-    atomic.write_text(out / "local_paths.csv", table.getvalue())
+    atomic.write_bytes(out / "local_paths.csv", table.getvalue().encode(errors="surrogateescape"))
     os.chmod(out / "local_paths.csv", 0o600)
 
 

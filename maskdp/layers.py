@@ -12,6 +12,7 @@ import functools
 import hashlib
 import io
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -181,6 +182,9 @@ def write_dataset(
         private_format: `jpeg` (lossy, quality 92) or `png`, for the private layer only. The public one is always PNG.
         notes: further metadata of plain JSON types.
 
+    Raises:
+        OSError: they cannot be written; an older dataset stays.
+
     Returns:
         The path `folder/shards`, which opens with `tfds.builder_from_directory`.
     """
@@ -190,7 +194,7 @@ def write_dataset(
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": FORMAT, "context": context, "fill": FILL, "maskdp": __version__, **(notes or {})}
     final = folder / SHARDS
-    with tempfile.TemporaryDirectory(prefix=f".{SHARDS}.", dir=folder) as building:
+    with tempfile.TemporaryDirectory(prefix=f".{SHARDS}{atomic.PARTIAL}", dir=folder) as building:
         builder = _builder_class()(
             clips=clips,
             labels=labels,
@@ -199,8 +203,13 @@ def write_dataset(
             data_dir=building,
             file_format="array_record",
         )
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download that is none
-            builder.download_and_prepare()
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download that is none
+                builder.download_and_prepare()
+        except RuntimeError as error:  # "... write() failed: No space left on device; writing ..."
+            if not (reason := re.search(r"\(\) failed: ([^;]+)", str(error))):
+                raise
+            raise OSError(None, reason[1], str(final)) from None
         # A reader sees the old shards, none, or the new ones; never a mixture.
         old = pathlib.Path(building) / "old"
         if final.exists():

@@ -5,10 +5,13 @@ The finder here takes whatever is red for a person, so that the videos can be sm
 
 import csv
 import dataclasses
+import fractions
+import itertools
 import json
 import os
 import pathlib
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -26,6 +29,7 @@ from anonymize.fit import FitConfig
 from anonymize.people import FinderConfig, People, Person
 from anonymize.render import silhouette
 from maskdp import cli, layers
+from maskdp.errors import UserError
 
 WIDTH, HEIGHT, FRAMES = 96, 64, 6
 SMALL = ["--fit.library", "300", "--fit.steps", "4", "--video.short_side", "64"]
@@ -104,6 +108,170 @@ def test_bad_files_beside_a_good_one(tmp_path, capfd):
     assert sorted(r["status"] for r in records(out)) == ["failed"] * 3 + ["quarantined", "written"]
     assert str(tmp_path) not in (out / "manifest.jsonl").read_text()
     assert (out / "sheets" / f"{dataset['train'][0].clip_id}.jpg").exists()
+
+
+def record(path: pathlib.Path, pictures: np.ndarray, codec="ffv1", pixels="bgr0", times=None, rate=10) -> pathlib.Path:
+    """Writes pictures (T, H, W, 3) as they are; `times` in frames at `rate`."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], pixels
+        stream.time_base = stream.codec_context.time_base = fractions.Fraction(1, rate)
+        for time, picture in zip(times if times is not None else range(len(pictures)), pictures):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixels)
+            frame.pts, frame.time_base = time, stream.time_base
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def red_block(frames: int, height: int, width: int) -> np.ndarray:
+    """A red upright block that goes from left to right over grey."""
+    pictures = np.full((frames, height, width, 3), 90, np.uint8)
+    for t, picture in enumerate(pictures):
+        left = (t + 1) * width // (frames + 3)
+        picture[height // 5 : -height // 6, left : left + width // 6] = (220, 20, 20)
+    return pictures
+
+
+def test_unusual_videos_are_anonymized_as_they_are_meant_to_be_seen(tmp_path, capfd):
+    """Turned ones upright, odd sides made even, 4K scaled, a changing rate evened, whatever their names."""
+    folder = tmp_path / "ビデオ ö"
+    folder.mkdir()
+    film(folder / "turned.mp4")
+    stored = (folder / "turned.mp4").read_bytes()
+    upright = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
+    quarter = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, HEIGHT << 16, 0, 1 << 30)
+    (folder / "turned.mp4").write_bytes(stored.replace(upright, quarter, 1))
+    record(folder / "odd.mkv", red_block(3, 71, 93))
+    record(folder / "4K.mkv", red_block(2, 2160, 3840), "libx264", "yuv420p")
+    record(folder / "uneven.mkv", red_block(6, 64, 96), "libx264", "yuv420p", times=(0, 1, 2, 6, 10, 14))
+    record(folder / "one frame.mkv", red_block(1, 64, 96))
+    record(folder / "naïve 视频.mkv", red_block(3, 64, 96))
+    record(folder / "grey.mkv", red_block(4, 64, 96), pixels="gray")
+    os.rename(folder / "one frame.mkv", os.fsencode(folder) + b"/\xff.mkv")  # a name in no encoding
+    out = tmp_path / "aus gäbe"
+    assert cli.main(["anonymize", str(folder), "--out", str(out), *SMALL, "--limits.max_without_pose", "1"]) == 0
+    said = capfd.readouterr()
+    assert "Traceback" not in said.err
+    assert "grey.mkv: quarantined, no person found" in said.err
+    with open(out / "local_paths.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        names = {row["video_id"]: pathlib.Path(row["path"]).name for row in csv.DictReader(file)}
+    found = {names[r["video_id"]]: r for r in records(out)}
+    assert found["grey.mkv"]["frames"] == 4
+    assert {name: r["status"] for name, r in found.items() if r["status"] != "written"} == {"grey.mkv": "quarantined"}
+    clips = {names[r.video_id]: r.clip() for r in layers.Dataset(out)["train"]}
+    sizes = {name: clip.rgba.shape[:3] for name, clip in clips.items()}
+    assert sizes == {
+        "turned.mp4": (6, 96, 64),
+        "odd.mkv": (3, 64, 82),
+        "4K.mkv": (2, 64, 112),
+        "uneven.mkv": (6, 64, 96),
+        "\udcff.mkv": (1, 64, 96),
+        "naïve 视频.mkv": (3, 64, 96),
+    }
+    assert clips["uneven.mkv"].fps == pytest.approx(5 / 1.4, rel=0.01)
+
+
+def test_whatever_a_folder_holds_its_videos_are_found_once(tmp_path):
+    """Links are followed, loops are not gone round, and what cannot be read is said."""
+    folder = tmp_path / "films"
+    (folder / "inner").mkdir(parents=True)
+    for file in (folder / "a.mp4", folder / "inner" / "b.MP4", tmp_path / "elsewhere" / "c.mp4"):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    (folder / "inner" / "up").symlink_to(folder, target_is_directory=True)
+    (folder / "out").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (folder / "round.mp4").symlink_to("round.mp4")
+    (folder / "gone.mp4").symlink_to("nowhere.mp4")
+    os.mkfifo(folder / "pipe.mp4")
+    settings = command.AnonymizeConfig(out="x").dataset
+    sources, problems = command.gather([str(folder), str(folder / "pipe.mp4"), str(folder / "round.mp4")], settings)
+    assert [source.name for source in sources] == ["films/a.mp4", "films/inner/b.MP4", "films/out/c.mp4"]
+    assert sorted(line.split(": ")[0] for line in problems) == sorted(
+        str(folder / name) for name in ("gone.mp4", "pipe.mp4", "pipe.mp4", "round.mp4", "round.mp4")
+    )
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [({"path": 5}, "entry 1 has no path"), ({"path": "a", "subject_ids": 3}, "subject_ids 3"), ("a", "has no path")],
+)
+def test_a_manifest_of_other_types_is_one_line(tmp_path, entry, message):
+    (tmp_path / "list.jsonl").write_text(json.dumps(entry))
+    with pytest.raises(UserError, match=message):
+        command.gather([str(tmp_path / "list.jsonl")], command.AnonymizeConfig(out="x").dataset)
+
+
+def test_a_manifest_of_a_spreadsheet_is_read(tmp_path):
+    (tmp_path / "list.csv").write_text("path,label\nfilm ö.mp4,wave\n", encoding="utf-8-sig")
+    (source,), _ = command.gather([str(tmp_path / "list.csv")], command.AnonymizeConfig(out="x").dataset)
+    assert (source.name, source.label) == ("film ö.mp4", "wave")
+
+
+@pytest.mark.skipif(not os.path.isdir("/sys"), reason="a folder that nobody can write, root neither: /sys of Linux")
+def test_a_folder_that_cannot_be_written_is_one_line(films, capfd):
+    assert cli.main(["anonymize", str(films), "--out", "/sys/out"]) == 2
+    (said,) = capfd.readouterr().err.splitlines()
+    assert said.startswith("maskdp anonymize: /sys/out: ")
+
+
+@pytest.mark.slow
+def test_ten_thousand_frames_take_no_more_memory_than_a_thousand(tmp_path):
+    peaks = []
+    for frames in (1_000, 10_000):
+        file = tmp_path / f"{frames}.mp4"
+        scene = np.random.default_rng(0).integers(90, 120, (10, 64, 96, 3), np.uint8)
+        video.encode(file, itertools.islice(itertools.cycle(scene), frames), 25.0)
+        code = f"""
+import resource, runpy, sys
+sys.argv[1:] = {[str(file), "--out", str(tmp_path / str(frames)), "--video.max_frames", "100", *SMALL]}
+try:
+    runpy.run_path({__file__!r}, run_name="__main__")
+finally:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert f"{frames // 100} quarantined" in said
+        peaks.append(int(said.splitlines()[-1]) / 1024)
+    assert peaks[1] - peaks[0] < 60  # MB; the decoded frames alone are 184
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of its own, and a function that gives it so many kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True, check=False).returncode:
+        pytest.skip("a small disk cannot be mounted here: needs root")
+    yield folder, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}k", folder], check=True)
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_a_full_disk_is_one_line_and_with_more_room_the_run_goes_on(films, disk, capfd, workers):
+    """First no clip can be kept, then all can but no shard be written."""
+    folder, resize = disk
+    out = folder / "out"
+    arguments = ["anonymize", str(films), "--out", str(out), "--workers", workers, *SMALL]
+    arguments += ["--dataset.private_format", "png"]
+
+    def anonymize() -> int:
+        return cli.main(arguments) if workers == "1" else run(*arguments[1:]).wait()
+
+    for size, place, kept in ((24, out, 0), (160, out / layers.SHARDS, 3)):
+        resize(size)
+        assert anonymize() == 2
+        said = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("anonymize: 3/3")]
+        assert said == [
+            f"maskdp anonymize: {place}: No space left on device; once it can be written, run again to go on"
+        ]
+        assert len(list((out / "work").glob("*.npz"))) == kept
+        assert not [left for left in out.rglob(".*") if left.name != ".lock"]
+    kept = {file: file.stat().st_mtime_ns for file in (out / "work").glob("*.npz")}
+    resize(1000)
+    assert anonymize() == 0
+    assert {file: file.stat().st_mtime_ns for file in (out / "work").glob("*.npz")} == kept
+    assert len(layers.Dataset(out)["train"]) == 3
 
 
 def test_quarantine_alone_is_no_failure(tmp_path, capfd):
