@@ -31,7 +31,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from anonymize import sheets, video
+from anonymize import on_ray, sheets, video
 from anonymize.config import AnonymizeConfig
 from maskdp import __version__, atomic, config, layers, progress
 from maskdp.errors import UserError
@@ -40,6 +40,7 @@ USAGE = "usage: maskdp anonymize PATH... --out DIR [--config_path FILE] [--key v
 EXTENSIONS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv", ".gif"}
 MANIFESTS = {".csv", ".jsonl"}
 SECRET_BYTES = 32
+WORKERS_LOCK = ".workers.lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +161,7 @@ def _from_manifest(path: pathlib.Path, settings) -> list[Source]:
 # ---------------------------------------------------------------------------------------------------------- one video
 
 
-class _Worker:
+class Worker:
     """Anonymizes one video after another; the models are loaded once, at the first that needs them."""
 
     def __init__(self, settings: AnonymizeConfig, secret: bytes):
@@ -172,9 +173,11 @@ class _Worker:
         self._work, self._sheets = (pathlib.Path(settings.out) / name for name in ("work", "sheets"))
         self._fingerprint = settings.pipeline_fingerprint
         self._anonymizer = None
+        self._lock = open(pathlib.Path(settings.out) / WORKERS_LOCK, "a")  # noqa: SIM115, held as long as this lives
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
 
-    def __call__(self, source: Source) -> list[dict[str, Any]]:
-        """Records of the clips of one video; where it fails, one record that says so. Finished work is taken up."""
+    def __call__(self, source: Source) -> tuple[list[dict[str, Any]], bool]:
+        """Records of the clips of one video, or where it fails one that says so; and whether they were there before."""
         key = video_key(self._secret, source.name)
         done = self._work / f"{key}.json"
         try:
@@ -182,21 +185,21 @@ class _Worker:
             if done.exists():
                 finished = json.loads(done.read_text())
                 if finished["state"] == state:
-                    return finished["clips"]
+                    return finished["clips"], True
             done.unlink(missing_ok=True)
             records = [
                 self._clip(part, f"{key}-{number:03d}", key, state["source"], source)
                 for number, part in enumerate(self._parts(source.path))
             ]
         except UserError as error:
-            return [_failed(key, str(error).removeprefix(f"{source.path}: "))]
+            return [_failed(key, str(error).removeprefix(f"{source.path}: "))], False
         except OSError:  # of the output; what is wrong with the file itself is a UserError
             raise
         except Exception as error:  # one bad file must not end a batch of thousands; it is reported, never written
             logging.getLogger(__name__).exception("%s: internal error", source.path)
-            return [_failed(key, f"internal error, {type(error).__name__}")]
+            return [_failed(key, f"internal error, {type(error).__name__}")], False
         atomic.write_json(done, {"state": state, "clips": records})
-        return records
+        return records, False
 
     def _parts(self, path: pathlib.Path) -> Iterator[video.Video]:
         settings = self._settings.video
@@ -265,13 +268,15 @@ def read_work(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
 
 # --------------------------------------------------------------------------------------------------------- the batch
 
-_worker: _Worker | None = None
+_worker: Worker | None = None
 
 
 def _start_worker(settings: AnonymizeConfig, secret: bytes) -> None:
     global _worker
+    _worker = Worker(settings, secret)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = _Worker(settings, secret)
+    if not multiprocessing.parent_process().is_alive():  # before the lock was held, so that a later run may be at work
+        os._exit(1)
 
 
 def _end_with_parent() -> None:
@@ -279,15 +284,18 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(source: Source) -> list[dict[str, Any]]:
+def _work(source: Source) -> tuple[list[dict[str, Any]], bool]:
     return _worker(source)
 
 
 def _results(sources: Sequence[Source], settings: AnonymizeConfig, secret: bytes):
-    """Yields (source, records) as videos are finished."""
+    """Yields (source, what `Worker` returns for it) as videos are finished."""
+    if settings.ray:
+        yield from on_ray.results(sources, settings, _secret_file(settings))
+        return
     workers = min(settings.workers, len(sources))
     if workers <= 1:
-        work = _Worker(settings, secret)
+        work = Worker(settings, secret)
         yield from ((source, work(source)) for source in sources)
         return
     with concurrent.futures.ProcessPoolExecutor(
@@ -301,6 +309,10 @@ def _results(sources: Sequence[Source], settings: AnonymizeConfig, secret: bytes
             raise UserError("a worker process died, perhaps of too little memory; run again to go on") from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _secret_file(settings: AnonymizeConfig) -> pathlib.Path:
+    return pathlib.Path(settings.wardrobe_secret or pathlib.Path(settings.out) / "wardrobe.secret").resolve()
 
 
 def wardrobe_secret(file: pathlib.Path, create: bool) -> bytes:
@@ -327,12 +339,14 @@ def wardrobe_secret(file: pathlib.Path, create: bool) -> bytes:
 
 @contextlib.contextmanager
 def _alone(out: pathlib.Path) -> Iterator[None]:
-    """Holds the folder against a second run at the same time."""
+    """Holds the folder against a second run at the same time, and waits until the workers of a killed one are gone."""
     with open(out / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"{out}: another maskdp anonymize is writing here") from None
+        with open(out / WORKERS_LOCK, "a") as workers:
+            fcntl.flock(workers, fcntl.LOCK_EX)
         yield
 
 
@@ -353,8 +367,7 @@ def anonymize(paths: Sequence[str], settings: AnonymizeConfig) -> int:
         with _alone(out):
             for folder in (out, out / "work", out / "sheets"):
                 atomic.sweep(folder)
-            own = out / "wardrobe.secret"
-            secret = wardrobe_secret(pathlib.Path(settings.wardrobe_secret or own), create=not settings.wardrobe_secret)
+            secret = wardrobe_secret(_secret_file(settings), create=not settings.wardrobe_secret)
             atomic.write_text(out / "config.yaml", config.dump(settings))
             records = _run(sources, settings, secret)
             _write_records(out, sources, records, secret)
@@ -370,15 +383,18 @@ def anonymize(paths: Sequence[str], settings: AnonymizeConfig) -> int:
 def _run(sources, settings: AnonymizeConfig, secret: bytes) -> dict[str, list[dict[str, Any]]]:
     """Records by name of source. Says at once, in a line each, what failed or was quarantined."""
     records: dict[str, list[dict[str, Any]]] = {}
-    start, frames = time.monotonic(), 0
-    with progress.bar("anonymize", len(sources), "clips") as advance:
-        for source, found in _results(sources, settings, secret):
+    start, clips, frames = time.monotonic(), 0, 0
+    with progress.bar("anonymize", len(sources), "videos") as advance:
+        for source, (found, known) in _results(sources, settings, secret):
             records[source.name] = found
             for record in found:
-                frames += record.get("frames", 0)
                 if record["status"] != "written":
                     print(f"{source.path}: {record['status']}, {record['reason']}", file=sys.stderr)
-            advance(1, f"{frames / (time.monotonic() - start):.0f} frames/s")
+            if not known:
+                clips += len(found)
+                frames += sum(record.get("frames", 0) for record in found)
+            seconds = time.monotonic() - start
+            advance(1, f"{clips / seconds:.2f} clips/s, {frames / seconds:.0f} frames/s", known)
     return records
 
 

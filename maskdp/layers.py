@@ -131,11 +131,23 @@ def _example(clip: TwoLayerClip, private_format: str) -> dict[str, Any]:
     }
 
 
+def _in_order(serialized: bytes) -> bytes:
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    return tf_example_pb2.Example.FromString(serialized).SerializeToString(deterministic=True)
+
+
 @functools.cache
 def _builder_class():
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
+
+    class RepeatableWriter(tfds.core.ExampleWriter):
+        """Writes the features of an example in the order of their names; protobuf's differs from process to process."""
+
+        def write(self, path, examples):
+            return super().write(path, ((key, _in_order(example)) for key, example in examples))
 
     class TwoLayer(tfds.core.GeneratorBasedBuilder):
         name = _NAME
@@ -153,6 +165,9 @@ def _builder_class():
                 features=_features(self._labels, self._private_format),
                 metadata=tfds.core.MetadataDict(self._metadata),
             )
+
+        def _example_writer(self):
+            return RepeatableWriter(self.info.file_format)
 
         def _split_generators(self, _):
             return {split: self._generate_examples(clips) for split, clips in self._clips.items()}
@@ -181,6 +196,8 @@ def write_dataset(
         context: what the public layer was drawn from, one of CONTEXTS; recorded in the metadata.
         private_format: `jpeg` (lossy, quality 92) or `png`, for the private layer only. The public one is always PNG.
         notes: further metadata of plain JSON types.
+
+    Guarantees: the same clips give the same bytes, in whatever process.
 
     Raises:
         OSError: they cannot be written; an older dataset stays.

@@ -14,6 +14,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 
 import av
@@ -266,7 +267,7 @@ def test_a_full_disk_is_one_line_and_with_more_room_the_run_goes_on(films, disk,
             f"maskdp anonymize: {place}: No space left on device; once it can be written, run again to go on"
         ]
         assert len(list((out / "work").glob("*.npz"))) == kept
-        assert not [left for left in out.rglob(".*") if left.name != ".lock"]
+        assert not [left for left in out.rglob(".*") if not left.name.endswith("lock")]
     kept = {file: file.stat().st_mtime_ns for file in (out / "work").glob("*.npz")}
     resize(1000)
     assert anonymize() == 0
@@ -375,9 +376,24 @@ def test_public_shards_do_not_change_when_the_scene_does(tmp_path):
     assert layer[0].source != layer[1].source
 
 
-def run(*arguments) -> subprocess.Popen:
+def run(*arguments, **options) -> subprocess.Popen:
     """The command in a process of its own, with the finder of this file."""
-    return subprocess.Popen([sys.executable, __file__, *map(str, arguments)])
+    return subprocess.Popen([sys.executable, __file__, *map(str, arguments)], **options)
+
+
+def kill_at(number: int, out: str) -> None:
+    """This process is killed just before it opens, makes, renames or removes something in `out` for the n-th time."""
+    events = open(f"{out}.events", "w")  # noqa: SIM115
+    seen = itertools.count()
+
+    def before(event: str, arguments: tuple) -> None:
+        if event.startswith(("open", "os.")) and arguments and str(arguments[0]).startswith(f"{out}/"):
+            if next(seen) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            events.write(f"{event} {arguments[0]}\n")
+            events.flush()
+
+    sys.addaudithook(before)
 
 
 def test_a_killed_run_goes_on_to_the_same_shards_and_the_secret_stays_where_it_is(films, tmp_path):
@@ -407,6 +423,83 @@ def test_a_killed_run_goes_on_to_the_same_shards_and_the_secret_stays_where_it_i
             data = file.read_bytes()
             assert secret not in data, file
             assert secret.hex().encode() not in data.lower(), file
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(films, tmp_path_factory) -> pathlib.Path:
+    """What a run leaves that nothing disturbs."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "EmbeddedFinder", RedFinder)
+        assert cli.main(["anonymize", str(films), "--out", str(out), *SMALL]) == 0
+    return out
+
+
+def same(out: pathlib.Path, whole: pathlib.Path) -> bool:
+    """The same shards to the byte, the same clips in the manifest, and nothing half written beside them."""
+    clips = [[{**r, "seconds": None} for r in records(folder)] for folder in (out, whole)]
+    left = {file.name for file in out.rglob(".*")}
+    data = [layers.Dataset(folder).fingerprint() for folder in (out, whole)]
+    return clips[0] == clips[1] and data[0] == data[1] and left == {".lock", command.WORKERS_LOCK}
+
+
+@pytest.mark.slow
+def test_killed_before_any_of_its_writes_a_run_goes_on_to_the_same_shards(films, uninterrupted, tmp_path):
+    """At sixteen of the moments at which it opens, renames or makes a file, half of them while it writes shards."""
+
+    def killed_at(number: int) -> tuple[pathlib.Path, int]:
+        out = tmp_path / str(number)
+        out.mkdir()
+        (out / "wardrobe.secret").write_bytes((uninterrupted / "wardrobe.secret").read_bytes())
+        child = run(films, "--out", out, *SMALL, env={**os.environ, "KILL_AT": str(number), "COUNT": str(out)})
+        return out, child.wait()
+
+    out, status = killed_at(10**9)
+    assert status == 0
+    assert same(out, uninterrupted)
+    events = (out.parent / f"{out.name}.events").read_text().splitlines()
+    shards = next(i for i, event in enumerate(events) if ".shards" in event)
+    rng = np.random.default_rng(0)
+    moments = [*rng.choice(np.arange(1, shards), 8, False), *rng.choice(np.arange(shards, len(events)), 8, False)]
+    for moment in moments:
+        out, status = killed_at(moment)
+        assert status == -signal.SIGKILL
+        assert cli.main(["anonymize", str(films), "--out", str(out), *SMALL]) == 0
+        assert same(out, uninterrupted), events[moment]
+
+
+@pytest.mark.slow
+def test_runs_killed_one_after_the_other_meet_no_worker_of_their_elders(films, uninterrupted, tmp_path):
+    """Twelve with other settings and two workers each, at random moments; then one that is let be."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "wardrobe.secret").write_bytes((uninterrupted / "wardrobe.secret").read_bytes())
+    for wait in np.random.default_rng(1).uniform(1, 8, 12):
+        child = run(films, "--out", out, "--workers", 2, *SMALL, "--fit.steps", 30)
+        time.sleep(wait)
+        child.kill()
+        child.wait()
+    assert cli.main(["anonymize", str(films), "--out", str(out), *SMALL]) == 0
+    assert same(out, uninterrupted)
+
+
+def test_a_run_waits_for_the_workers_of_a_killed_one(films, tmp_path):
+    out = tmp_path / "out"
+    (out / "work").mkdir(parents=True)
+    settings = command.AnonymizeConfig(out=str(out))
+    left = command.Worker(settings, bytes(32))
+    entered = threading.Event()
+
+    def later() -> None:
+        with command._alone(out):
+            entered.set()
+
+    thread = threading.Thread(target=later)
+    thread.start()
+    assert not entered.wait(0.3)
+    del left
+    assert entered.wait(5)
+    thread.join()
 
 
 def test_other_settings_or_another_file_are_not_taken_for_finished_work(films, tmp_path):
@@ -462,4 +555,6 @@ def test_settings_survive_a_round_trip_through_the_written_config(films, tmp_pat
 if __name__ in ("__main__", "__mp_main__"):  # a process of `run`, or a worker of it
     pipeline.EmbeddedFinder = RedFinder
 if __name__ == "__main__":
+    if "KILL_AT" in os.environ:
+        kill_at(int(os.environ["KILL_AT"]), os.environ["COUNT"])
     sys.exit(cli.main(["anonymize", *sys.argv[1:]]))
