@@ -1,8 +1,9 @@
 """Videos anonymized on the machines of a Ray cluster: an actor a worker, its models loaded once, and a video a task.
 
-The videos, the output folder and the secret's file lie on a file system that all machines share, and all have maskdp.
-A worker writes the finished clips there itself, so that nothing of a video goes through Ray; and it reads the secret
-there, so that Ray never holds it: not in its object store, which may spill to disk, nor in the arguments it logs.
+The videos, the output folder, the secret's file and the folder that the command is given in lie on a file system that
+all machines share, and all have maskdp. A worker writes the finished clips there itself, so that no picture goes
+through Ray, only paths, labels and records; and it reads the secret there, so that Ray never holds it: not in its
+object store, which may spill to disk, nor in what it logs.
 
 A video whose worker or machine dies is given to another worker. Should the first be alive after all, cut off only, both
 write the same bytes under the same name, each in one step: no clip is lost, doubled or mixed.
@@ -23,7 +24,8 @@ ATTEMPTS = 4  # at a video whose workers die
 class Actor:
     """One worker of the cluster."""
 
-    def __init__(self, settings: AnonymizeConfig, secret: pathlib.Path):
+    def __init__(self, settings: AnonymizeConfig, secret: pathlib.Path, folder: str):
+        os.chdir(folder)  # what paths in the settings are relative to
         from anonymize.command import Worker, wardrobe_secret
 
         self._work = Worker(settings, wardrobe_secret(secret, create=False))
@@ -60,7 +62,7 @@ def results(sources: Sequence, settings: AnonymizeConfig, secret: pathlib.Path) 
     waiting, failures, idle, running = deque(sources), Counter(), [], {}
 
     def start() -> None:
-        actor = actor_class.remote(settings, secret)
+        actor = actor_class.remote(settings, secret, os.getcwd())
         running[actor.ready.remote()] = actor, None  # a video is given to workers that have started
 
     try:
@@ -75,7 +77,8 @@ def results(sources: Sequence, settings: AnonymizeConfig, secret: pathlib.Path) 
             except ray.exceptions.RayActorError as error:
                 failures[source] += 1
                 if failures[source] == ATTEMPTS:
-                    raise UserError(f"{source.path if source else '--ray'}: its workers died: {error}") from None
+                    what = f"{source.path}: its workers die" if source else "--ray: workers do not start"
+                    raise UserError(f"{what} ({str(error).strip().splitlines()[-1]})") from None
                 print("a worker died; another takes over its work", file=sys.stderr)
                 if source:
                     waiting.appendleft(source)
@@ -83,6 +86,7 @@ def results(sources: Sequence, settings: AnonymizeConfig, secret: pathlib.Path) 
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
             else:
+                failures.pop(source, None)
                 idle.append(actor)
                 if source:
                     left -= 1

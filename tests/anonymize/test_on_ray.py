@@ -29,10 +29,13 @@ def cluster(monkeypatch):
     cluster.shutdown()
 
 
-def test_a_node_killed_midway_leaves_the_shards_of_a_local_run_and_ray_never_holds_the_secret(cluster, tmp_path, capfd):
+def test_a_node_killed_midway_leaves_the_shards_of_a_local_run_and_ray_holds_no_secret(
+    cluster, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.chdir(tmp_path)  # relative paths hold on every node
     videos = ["--videos", "5", "--frames", "12", "--size", "128", "--seed", "3"]
-    assert cli.main(["studio", "--out", str(tmp_path / "studio"), *videos]) == 0
-    manifest, local, ray = str(tmp_path / "studio" / "manifest.csv"), tmp_path / "local", tmp_path / "ray"
+    assert cli.main(["studio", "--out", "studio", *videos]) == 0
+    manifest, local, ray = "studio/manifest.csv", pathlib.Path("local"), pathlib.Path("ray")
     assert cli.main(["anonymize", manifest, "--out", str(local), *SMALL]) == 0
     ray.mkdir()
     secret = (local / "wardrobe.secret").read_bytes()
