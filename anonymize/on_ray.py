@@ -11,6 +11,7 @@ write the same bytes under the same name, each in one step: no clip is lost, dou
 
 import os
 import pathlib
+import socket
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -53,9 +54,12 @@ def results(sources: Sequence, settings: AnonymizeConfig, secret: pathlib.Path) 
         import ray
     except ImportError:
         raise UserError("--ray: Ray is missing, expected `pip install 'maskdp[ray]'`") from None
+    host, _, port = settings.ray.partition(":")
     try:
+        if port.isdigit():  # where nobody answers, Ray itself tries for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(settings.ray, logging_level="ERROR", log_to_driver=False)
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"--ray: {settings.ray}: no cluster to be reached ({reason}), expected `ray start`") from None
     actor_class = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(Actor)
