@@ -394,7 +394,7 @@ def _run(sources, settings: AnonymizeConfig, secret: bytes) -> dict[str, list[di
                 clips += len(found)
                 frames += sum(record.get("frames", 0) for record in found)
             seconds = time.monotonic() - start
-            advance(1, f"{clips / seconds:.2f} clips/s, {frames / seconds:.0f} frames/s", known)
+            advance(1, f"{clips / seconds:.2f} clips/s, {frames / seconds:.1f} frames/s", known)
     return records
 
 
