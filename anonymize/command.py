@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import hmac
 import io
+import itertools
 import json
 import logging
 import multiprocessing
@@ -30,7 +31,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from anonymize import sheets, video
+from anonymize import on_ray, sheets, video
 from anonymize.config import AnonymizeConfig
 from maskdp import __version__, atomic, config, layers, progress
 from maskdp.errors import UserError
@@ -39,6 +40,7 @@ USAGE = "usage: maskdp anonymize PATH... --out DIR [--config_path FILE] [--key v
 EXTENSIONS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ogv", ".gif"}
 MANIFESTS = {".csv", ".jsonl"}
 SECRET_BYTES = 32
+WORKERS_LOCK = ".workers.lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,22 +79,45 @@ def gather(paths: Sequence[str], settings) -> tuple[list[Source], list[str]]:
     sources, problems = [], []
     for path in map(pathlib.Path, paths):
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
+            files, unread = _in_folder(path)
             sources += [_from_file(file, str(file.relative_to(path.parent)), settings) for file in files]
-            if not files:
-                problems.append(f"{path}: no video in this folder")
-        elif not path.exists():
-            problems.append(f"{path}: no such file or folder")
+            problems += unread or ([] if files else [f"{path}: no video in this folder"])
+        elif not path.is_file():
+            problems.append(f"{path}: not a file" if path.exists() else f"{path}: no such file or folder")
         elif path.suffix.lower() in MANIFESTS:
             sources += _from_manifest(path, settings)
         else:
             sources.append(_from_file(path, path.name, settings))
-    seen = Counter()
+    taken = set()
     for index, source in enumerate(sources):
-        seen[source.name] += 1
-        if seen[source.name] > 1:
-            sources[index] = dataclasses.replace(source, name=f"{source.name}#{seen[source.name]}")
+        names = itertools.chain([source.name], (f"{source.name}#{number}" for number in itertools.count(2)))
+        name = next(name for name in names if name not in taken)
+        taken.add(name)
+        sources[index] = dataclasses.replace(source, name=name)
     return sources, problems
+
+
+def _in_folder(top: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
+    """Every video under a folder, sorted, and a line for each entry that cannot be read. Links are followed, once."""
+    files, problems, seen = [], [], set()
+
+    def unreadable(error: OSError) -> None:
+        problems.append(f"{error.filename}: {error.strerror}")
+
+    for folder, folders, names in os.walk(top, onerror=unreadable, followlinks=True):
+        if os.path.realpath(folder) in seen:
+            folders.clear()  # a link that leads back, or to what is listed already
+            continue
+        seen.add(os.path.realpath(folder))
+        folders.sort()
+        for name in names:
+            file = pathlib.Path(folder, name)
+            if file.suffix.lower() in EXTENSIONS:
+                if file.is_file():
+                    files.append(file)
+                else:
+                    problems.append(f"{file}: not a file, or a link that leads nowhere")
+    return sorted(files), problems
 
 
 def _from_file(file: pathlib.Path, name: str, settings) -> Source:
@@ -103,7 +128,7 @@ def _from_file(file: pathlib.Path, name: str, settings) -> Source:
 def _from_manifest(path: pathlib.Path, settings) -> list[Source]:
     """Rows of a csv (with a header) or jsonl: path, and where known label, subject_ids, scene_id, split."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".csv":
             rows = list(csv.DictReader(io.StringIO(text)))
         else:
@@ -112,13 +137,14 @@ def _from_manifest(path: pathlib.Path, settings) -> list[Source]:
         raise UserError(f"{path}: not a readable manifest ({error})") from None
     sources = []
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not row.get("path"):
+        if not isinstance(row, dict) or not isinstance(row.get("path"), str) or not row["path"]:
             raise UserError(f"{path}: entry {number} has no path, expected path[,label,subject_ids,scene_id,split]")
-        file = path.parent / row["path"]
         subjects = row.get("subject_ids") or ()
         if isinstance(subjects, str):
             subjects = [subject.strip() for subject in subjects.split(";")]
-        known = _from_file(file, str(row["path"]), settings)
+        elif not isinstance(subjects, list | tuple):
+            raise UserError(f"{path}: entry {number} has subject_ids {subjects!r}, expected a list")
+        known = _from_file(path.parent / row["path"], row["path"], settings)
         label = row.get("label")
         sources.append(
             dataclasses.replace(
@@ -135,7 +161,7 @@ def _from_manifest(path: pathlib.Path, settings) -> list[Source]:
 # ---------------------------------------------------------------------------------------------------------- one video
 
 
-class _Worker:
+class Worker:
     """Anonymizes one video after another; the models are loaded once, at the first that needs them."""
 
     def __init__(self, settings: AnonymizeConfig, secret: bytes):
@@ -147,9 +173,11 @@ class _Worker:
         self._work, self._sheets = (pathlib.Path(settings.out) / name for name in ("work", "sheets"))
         self._fingerprint = settings.pipeline_fingerprint
         self._anonymizer = None
+        self._lock = open(pathlib.Path(settings.out) / WORKERS_LOCK, "a")  # noqa: SIM115, held as long as this lives
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
 
-    def __call__(self, source: Source) -> list[dict[str, Any]]:
-        """Records of the clips of one video; where it fails, one record that says so. Finished work is taken up."""
+    def __call__(self, source: Source) -> tuple[list[dict[str, Any]], bool]:
+        """Records of the clips of one video, or where it fails one that says so; and whether they were there before."""
         key = video_key(self._secret, source.name)
         done = self._work / f"{key}.json"
         try:
@@ -157,19 +185,21 @@ class _Worker:
             if done.exists():
                 finished = json.loads(done.read_text())
                 if finished["state"] == state:
-                    return finished["clips"]
+                    return finished["clips"], True
             done.unlink(missing_ok=True)
             records = [
                 self._clip(part, f"{key}-{number:03d}", key, state["source"], source)
                 for number, part in enumerate(self._parts(source.path))
             ]
         except UserError as error:
-            return [_failed(key, str(error).removeprefix(f"{source.path}: "))]
+            return [_failed(key, str(error).removeprefix(f"{source.path}: "))], False
+        except OSError:  # of the output; what is wrong with the file itself is a UserError
+            raise
         except Exception as error:  # one bad file must not end a batch of thousands; it is reported, never written
             logging.getLogger(__name__).exception("%s: internal error", source.path)
-            return [_failed(key, f"internal error, {type(error).__name__}")]
+            return [_failed(key, f"internal error, {type(error).__name__}")], False
         atomic.write_json(done, {"state": state, "clips": records})
-        return records
+        return records, False
 
     def _parts(self, path: pathlib.Path) -> Iterator[video.Video]:
         settings = self._settings.video
@@ -208,7 +238,7 @@ class _Worker:
 
 def video_key(secret: bytes, name: str) -> str:
     """A video's key: nothing of its content, and its name only to who has the secret."""
-    return hmac.digest(secret, f"video/{name}".encode(), hashlib.sha256).hex()[:16]
+    return hmac.digest(secret, f"video/{name}".encode(errors="surrogateescape"), hashlib.sha256).hex()[:16]
 
 
 def _failed(key: str, reason: str) -> dict[str, Any]:
@@ -238,13 +268,15 @@ def read_work(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
 
 # --------------------------------------------------------------------------------------------------------- the batch
 
-_worker: _Worker | None = None
+_worker: Worker | None = None
 
 
 def _start_worker(settings: AnonymizeConfig, secret: bytes) -> None:
     global _worker
+    _worker = Worker(settings, secret)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = _Worker(settings, secret)
+    if not multiprocessing.parent_process().is_alive():  # before the lock was held, so that a later run may be at work
+        os._exit(1)
 
 
 def _end_with_parent() -> None:
@@ -252,15 +284,18 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(source: Source) -> list[dict[str, Any]]:
+def _work(source: Source) -> tuple[list[dict[str, Any]], bool]:
     return _worker(source)
 
 
 def _results(sources: Sequence[Source], settings: AnonymizeConfig, secret: bytes):
-    """Yields (source, records) as videos are finished."""
+    """Yields (source, what `Worker` returns for it) as videos are finished."""
+    if settings.ray:
+        yield from on_ray.results(sources, settings, _secret_file(settings))
+        return
     workers = min(settings.workers, len(sources))
     if workers <= 1:
-        work = _Worker(settings, secret)
+        work = Worker(settings, secret)
         yield from ((source, work(source)) for source in sources)
         return
     with concurrent.futures.ProcessPoolExecutor(
@@ -276,6 +311,10 @@ def _results(sources: Sequence[Source], settings: AnonymizeConfig, secret: bytes
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+def _secret_file(settings: AnonymizeConfig) -> pathlib.Path:
+    return pathlib.Path(settings.wardrobe_secret or pathlib.Path(settings.out) / "wardrobe.secret").resolve()
+
+
 def wardrobe_secret(file: pathlib.Path, create: bool) -> bytes:
     """The secret in `file`; where it may be created and is missing, 32 new bytes from the operating system, mode 0600.
 
@@ -283,7 +322,7 @@ def wardrobe_secret(file: pathlib.Path, create: bool) -> bytes:
         UserError: missing, or not of 32 bytes.
     """
     if create and not file.exists():
-        descriptor, aside = tempfile.mkstemp(dir=file.parent)  # mode 0600
+        descriptor, aside = tempfile.mkstemp(prefix=f".{file.name}{atomic.PARTIAL}", dir=file.parent)  # mode 0600
         with open(descriptor, "wb") as opened:
             opened.write(secrets.token_bytes(SECRET_BYTES))
             opened.flush()
@@ -300,12 +339,14 @@ def wardrobe_secret(file: pathlib.Path, create: bool) -> bytes:
 
 @contextlib.contextmanager
 def _alone(out: pathlib.Path) -> Iterator[None]:
-    """Holds the folder against a second run at the same time."""
+    """Holds the folder against a second run at the same time, and waits until the workers of a killed one are gone."""
     with open(out / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"{out}: another maskdp anonymize is writing here") from None
+        with open(out / WORKERS_LOCK, "a") as workers:
+            fcntl.flock(workers, fcntl.LOCK_EX)
         yield
 
 
@@ -322,34 +363,38 @@ def anonymize(paths: Sequence[str], settings: AnonymizeConfig) -> int:
         print(f"maskdp anonymize: {problem}", file=sys.stderr)
     out = pathlib.Path(settings.out)
     try:
-        for folder in (out, out / "work"):
-            folder.mkdir(parents=True, exist_ok=True)
+        (out / "work").mkdir(parents=True, exist_ok=True)
+        with _alone(out):
+            for folder in (out, out / "work", out / "sheets"):
+                atomic.sweep(folder)
+            secret = wardrobe_secret(_secret_file(settings), create=not settings.wardrobe_secret)
+            atomic.write_text(out / "config.yaml", config.dump(settings))
+            records = _run(sources, settings, secret)
+            _write_records(out, sources, records, secret)
+            written = _write_shards(out, sources, records, settings)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
-    with _alone(out):
-        own = out / "wardrobe.secret"
-        secret = wardrobe_secret(pathlib.Path(settings.wardrobe_secret or own), create=not settings.wardrobe_secret)
-        atomic.write_text(out / "config.yaml", config.dump(settings))
-        records = _run(sources, settings, secret)
-        _write_records(out, sources, records, secret)
-        written = _write_shards(out, sources, records, settings)
-        counts = Counter(record["status"] for found in records.values() for record in found)
-        _say(out, records, counts, written)
+        place = error.filename or out
+        raise UserError(f"{place}: {error.strerror or error}; once it can be written, run again to go on") from None
+    counts = Counter(record["status"] for found in records.values() for record in found)
+    _say(out, records, counts, written)
     return 1 if problems or counts["failed"] else 0
 
 
 def _run(sources, settings: AnonymizeConfig, secret: bytes) -> dict[str, list[dict[str, Any]]]:
     """Records by name of source. Says at once, in a line each, what failed or was quarantined."""
     records: dict[str, list[dict[str, Any]]] = {}
-    start, frames = time.monotonic(), 0
-    with progress.bar("anonymize", len(sources), "clips") as advance:
-        for source, found in _results(sources, settings, secret):
+    start, clips, frames = time.monotonic(), 0, 0
+    with progress.bar("anonymize", len(sources), "videos") as advance:
+        for source, (found, known) in _results(sources, settings, secret):
             records[source.name] = found
             for record in found:
-                frames += record.get("frames", 0)
                 if record["status"] != "written":
                     print(f"{source.path}: {record['status']}, {record['reason']}", file=sys.stderr)
-            advance(1, f"{frames / (time.monotonic() - start):.0f} frames/s")
+            if not known:
+                clips += len(found)
+                frames += sum(record.get("frames", 0) for record in found)
+            seconds = time.monotonic() - start
+            advance(1, f"{clips / seconds:.2f} clips/s, {frames / seconds:.1f} frames/s", known)
     return records
 
 
@@ -364,7 +409,7 @@ def _write_records(out: pathlib.Path, sources, records, secret: bytes) -> None:
     writer = csv.writer(table)
     writer.writerow(("video_id", "path"))
     writer.writerows((video_key(secret, source.name), source.path.resolve()) for source in sources)
-    atomic.write_text(out / "local_paths.csv", table.getvalue())
+    atomic.write_bytes(out / "local_paths.csv", table.getvalue().encode(errors="surrogateescape"))
     os.chmod(out / "local_paths.csv", 0o600)
 
 

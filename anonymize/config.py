@@ -108,12 +108,14 @@ class AnonymizeConfig(PipelineConfig):
     Attributes:
         out: folder to write; the same command continues what is there.
         workers: processes.
+        ray: address of a Ray cluster for the workers to run on (`auto`: the one this machine belongs to); empty: here.
         wardrobe_secret: file of the 32 bytes that avatars are drawn from; made as OUT/wardrobe.secret where empty.
         sheets: contact sheets of the `layers`, `full` ones that show the original too, or `none`.
     """
 
     out: str = ""
     workers: int = 1
+    ray: str = ""
     wardrobe_secret: str = ""
     sheets: str = "layers"
     dataset: DatasetConfig = field(default_factory=DatasetConfig)

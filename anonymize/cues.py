@@ -44,7 +44,7 @@ def camera_motion(frames: np.ndarray, samples: int = 16) -> str | None:
     times = sample_times(len(frames), samples)
     small = [cv2.resize(frames[t], size, interpolation=cv2.INTER_AREA) for t in times]
     median = np.median(small, axis=0).astype(np.uint8)
-    changed = [(cv2.absdiff(image, median).max(-1) > 26).mean() for image in small]
+    changed = [(largest(cv2.absdiff(image, median)) > 26).mean() for image in small]
     if np.quantile(changed, 0.75) > 0.4:
         return "most of the picture changes: the camera moves or the scene cuts"
     gray = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in small]
@@ -92,6 +92,11 @@ def _corners(image: np.ndarray, cells: int = 6, each: int = 4) -> np.ndarray:
     return np.ascontiguousarray(points[strong > max(3e-4, 0.03 * np.quantile(strong, 0.9))] if len(points) else points)
 
 
+def largest(colours: np.ndarray) -> np.ndarray:
+    """The largest of three channels (..., 3); numpy's own takes 25 times as long over an axis so short."""
+    return np.maximum(np.maximum(colours[..., 0], colours[..., 1]), colours[..., 2])
+
+
 def light_changes(frames: np.ndarray, busy: np.ndarray, background: np.ndarray, step: int = 4) -> np.ndarray:
     """What each frame's light adds to the background's: (T, 3) float32, the median difference over free pixels."""
     thin, free = frames[:, ::step, ::step].astype(np.int16), ~busy[:, ::step, ::step]
@@ -125,10 +130,11 @@ def background_model(
 def _median_over_free(stack: np.ndarray, free: np.ndarray, tolerance: float, agreement: float):
     counts = free.sum(0)
     values = np.where(free[..., None], stack, UNSEEN).astype(np.int16)
-    ordered = np.sort(values.transpose(1, 2, 3, 0), axis=-1)
+    ordered = np.ascontiguousarray(values.transpose(1, 2, 3, 0))
+    ordered.sort(axis=-1)
     middle = ((counts - 1).clip(0) // 2)[..., None, None].repeat(3, axis=2)
     median = np.take_along_axis(ordered, middle, -1)[..., 0]
-    near = (np.abs(values - median[None]).max(-1) <= tolerance) & free
+    near = (largest(np.abs(values - median[None])) <= tolerance) & free
     known = (counts >= max(3, 0.08 * len(stack))) & (near.sum(0) >= agreement * counts)
     return np.where(counts[..., None] > 0, median, 0).clip(0, 255).astype(np.uint8), known
 
@@ -149,7 +155,7 @@ def foreground(
     out = np.zeros(frames.shape[:3], bool)
     reference = background.astype(np.float32)
     for t, frame in enumerate(frames):
-        difference = np.abs(frame - reference - light[t].astype(np.float32)).max(-1)
+        difference = largest(np.abs(frame - reference - light[t].astype(np.float32)))
         difference = cv2.blur(difference, (3, 3)) * known
         loose = cv2.morphologyEx((difference > weak).astype(np.uint8), cv2.MORPH_CLOSE, disc(1))
         _, labels = cv2.connectedComponents(loose, connectivity=8)
@@ -166,7 +172,7 @@ def stirring(frames: np.ndarray, fps: float, seconds: float = 0.25, threshold: f
     earlier = np.maximum(np.arange(len(frames)) - lag, 0)
     earlier[:lag] = np.minimum(np.arange(lag) + lag, len(frames) - 1)[: len(frames)]
     return np.stack(
-        [cv2.blur(cv2.absdiff(frames[t], frames[e]), (3, 3)).max(-1) > threshold for t, e in enumerate(earlier)]
+        [largest(cv2.blur(cv2.absdiff(frames[t], frames[e]), (3, 3))) > threshold for t, e in enumerate(earlier)]
     )
 
 

@@ -14,6 +14,8 @@ import numpy as np
 from maskdp import atomic
 from maskdp.errors import UserError
 
+PAUSE_SECONDS = 2.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Video:
@@ -98,6 +100,19 @@ def _fps(times: list[float], average_rate: fractions.Fraction | None) -> float:
     return measured or 25.0
 
 
+def _evenly(times: list[float]) -> np.ndarray:
+    """Of frames shown at `times` (seconds): the indices that keep their timing when shown at the constant mean rate.
+
+    All in turn where each lies within one frame's time of its even tick; else, of a variable rate, those nearest to
+    the ticks, as many as there are frames: of fast parts some are left out, of slow parts some repeated.
+    """
+    times = np.maximum.accumulate(times)
+    ticks, step = np.linspace(times[0], times[-1], len(times), retstep=True)
+    if len(times) < 2 or np.abs(times - ticks).max() <= step:
+        return np.arange(len(times))
+    return np.searchsorted((times[1:] + times[:-1]) / 2, ticks)
+
+
 def _decode(path, container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
     """Every frame of the stream; raises UserError where decoding breaks or the file ends before its header says."""
     stream.thread_type = "AUTO"
@@ -147,7 +162,8 @@ def clips(
 
     Frames are upright, have square pixels and even sides, and are scaled down (area filter) until the shorter side is
     at most `short_side` pixels; None keeps the size. With `fps` only so many frames a second are kept, those at or
-    first after each tick; None keeps all.
+    first after each tick; None keeps all. A variable rate becomes a constant one, see `_evenly`; a pause, longer than
+    `PAUSE_SECONDS` and ten frames, ends a clip.
 
     Raises:
         UserError: missing, unreadable, not a video, no frames, or broken before its end. Frames before the break have
@@ -161,13 +177,17 @@ def clips(
     start, ticks = None, 0
 
     def clip() -> Video:
-        video = Video(np.stack(frames), _fps(times or [0.0], stream.average_rate))
+        order = _evenly(times) if len(times) == len(frames) else range(len(frames))
+        video = Video(np.stack([frames[i] for i in order]), _fps(times or [0.0], stream.average_rate))
         frames.clear()
         times.clear()
         return video
 
     with _opened(path) as (container, stream):
+        slowest = min(float(stream.average_rate or 25), fps or np.inf)
         for frame in _decode(path, container, stream):
+            if times and frame.time is not None and frame.time - times[-1] > max(PAUSE_SECONDS, 10 / slowest):
+                yield clip()
             if size is None:
                 size, turns = _size(_sides(stream, frame), short_side), _quarter_turns(frame)
             if fps is not None and frame.time is not None:
@@ -175,7 +195,10 @@ def clips(
                 if (frame.time - start) * fps < ticks - 1e-3:
                     continue
                 ticks = int((frame.time - start) * fps + 1e-3) + 1
-            image = frame.reformat(*size, format="rgb24", interpolation="AREA").to_ndarray()
+            try:
+                image = frame.reformat(*size, format="rgb24", interpolation="AREA").to_ndarray()
+            except (av.FFmpegError, ValueError) as error:
+                raise UserError(f"{path}: pictures that cannot be converted ({_reason(error)})") from None
             frames.append(np.rot90(image, turns))
             if frame.time is not None:
                 times.append(frame.time)
@@ -219,9 +242,11 @@ def encode(path: os.PathLike | str, frames: Iterable[np.ndarray], fps: float, *,
                 frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
             if stream is None:
                 rate = fractions.Fraction(fps).limit_denominator(1001)
-                stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": "veryfast"})
+                # x264's macroblock tree is not repeatable on AVX-512, and its output depends on the number of threads.
+                options = {"crf": str(crf), "preset": "veryfast", "mbtree": "0"}
+                stream = container.add_stream("libx264", rate=rate, options=options)
                 stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "yuv420p"
-                stream.codec_context.thread_count = 1  # x264's output depends on the number of threads
+                stream.codec_context.thread_count = 1
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         if stream is None:
             raise ValueError(f"{path}: no frames to encode")

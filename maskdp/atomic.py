@@ -9,6 +9,9 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+PARTIAL = ".partial-"
+"""In the name of whatever is not finished: `.NAME.partial-XXXXXXXX`."""
+
 
 def _sync_folder(folder: pathlib.Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
@@ -30,7 +33,7 @@ def writing(path: os.PathLike | str) -> Iterator[pathlib.Path]:
     """Yields a temporary path beside `path`; on a clean exit it is synced and renamed to `path`, else removed."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}{PARTIAL}", suffix=path.suffix, dir=path.parent)
     os.close(descriptor)
     aside = pathlib.Path(name)
     try:
@@ -78,7 +81,7 @@ def folder(path: os.PathLike | str) -> Iterator[pathlib.Path]:
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}{PARTIAL}", dir=path.parent))
     try:
         yield aside
         for file in aside.rglob("*"):
@@ -90,3 +93,12 @@ def folder(path: os.PathLike | str) -> Iterator[pathlib.Path]:
         _sync_folder(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def sweep(path: os.PathLike | str) -> None:
+    """Removes what killed processes left half written in a folder; nobody else may be writing there."""
+    for left in pathlib.Path(path).glob(f".*{PARTIAL}*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)

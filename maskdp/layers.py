@@ -12,6 +12,7 @@ import functools
 import hashlib
 import io
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -130,11 +131,23 @@ def _example(clip: TwoLayerClip, private_format: str) -> dict[str, Any]:
     }
 
 
+def _in_order(serialized: bytes) -> bytes:
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    return tf_example_pb2.Example.FromString(serialized).SerializeToString(deterministic=True)
+
+
 @functools.cache
 def _builder_class():
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
+
+    class RepeatableWriter(tfds.core.ExampleWriter):
+        """Writes the features of an example in the order of their names; protobuf's differs from process to process."""
+
+        def write(self, path, examples):
+            return super().write(path, ((key, _in_order(example)) for key, example in examples))
 
     class TwoLayer(tfds.core.GeneratorBasedBuilder):
         name = _NAME
@@ -152,6 +165,9 @@ def _builder_class():
                 features=_features(self._labels, self._private_format),
                 metadata=tfds.core.MetadataDict(self._metadata),
             )
+
+        def _example_writer(self):
+            return RepeatableWriter(self.info.file_format)
 
         def _split_generators(self, _):
             return {split: self._generate_examples(clips) for split, clips in self._clips.items()}
@@ -181,6 +197,11 @@ def write_dataset(
         private_format: `jpeg` (lossy, quality 92) or `png`, for the private layer only. The public one is always PNG.
         notes: further metadata of plain JSON types.
 
+    Guarantees: the same clips give the same bytes, in whatever process.
+
+    Raises:
+        OSError: they cannot be written; an older dataset stays.
+
     Returns:
         The path `folder/shards`, which opens with `tfds.builder_from_directory`.
     """
@@ -190,7 +211,7 @@ def write_dataset(
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": FORMAT, "context": context, "fill": FILL, "maskdp": __version__, **(notes or {})}
     final = folder / SHARDS
-    with tempfile.TemporaryDirectory(prefix=f".{SHARDS}.", dir=folder) as building:
+    with tempfile.TemporaryDirectory(prefix=f".{SHARDS}{atomic.PARTIAL}", dir=folder) as building:
         builder = _builder_class()(
             clips=clips,
             labels=labels,
@@ -199,8 +220,13 @@ def write_dataset(
             data_dir=building,
             file_format="array_record",
         )
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download that is none
-            builder.download_and_prepare()
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download that is none
+                builder.download_and_prepare()
+        except RuntimeError as error:  # "... write() failed: No space left on device; writing ..."
+            if not (reason := re.search(r"\(\) failed: ([^;]+)", str(error))):
+                raise
+            raise OSError(None, reason[1], str(final)) from None
         # A reader sees the old shards, none, or the new ones; never a mixture.
         old = pathlib.Path(building) / "old"
         if final.exists():

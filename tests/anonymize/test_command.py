@@ -5,12 +5,16 @@ The finder here takes whatever is red for a person, so that the videos can be sm
 
 import csv
 import dataclasses
+import fractions
+import itertools
 import json
 import os
 import pathlib
 import signal
+import struct
 import subprocess
 import sys
+import threading
 import time
 
 import av
@@ -26,6 +30,7 @@ from anonymize.fit import FitConfig
 from anonymize.people import FinderConfig, People, Person
 from anonymize.render import silhouette
 from maskdp import cli, layers
+from maskdp.errors import UserError
 
 WIDTH, HEIGHT, FRAMES = 96, 64, 6
 SMALL = ["--fit.library", "300", "--fit.steps", "4", "--video.short_side", "64"]
@@ -104,6 +109,170 @@ def test_bad_files_beside_a_good_one(tmp_path, capfd):
     assert sorted(r["status"] for r in records(out)) == ["failed"] * 3 + ["quarantined", "written"]
     assert str(tmp_path) not in (out / "manifest.jsonl").read_text()
     assert (out / "sheets" / f"{dataset['train'][0].clip_id}.jpg").exists()
+
+
+def record(path: pathlib.Path, pictures: np.ndarray, codec="ffv1", pixels="bgr0", times=None, rate=10) -> pathlib.Path:
+    """Writes pictures (T, H, W, 3) as they are; `times` in frames at `rate`."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], pixels
+        stream.time_base = stream.codec_context.time_base = fractions.Fraction(1, rate)
+        for time, picture in zip(times if times is not None else range(len(pictures)), pictures):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixels)
+            frame.pts, frame.time_base = time, stream.time_base
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def red_block(frames: int, height: int, width: int) -> np.ndarray:
+    """A red upright block that goes from left to right over grey."""
+    pictures = np.full((frames, height, width, 3), 90, np.uint8)
+    for t, picture in enumerate(pictures):
+        left = (t + 1) * width // (frames + 3)
+        picture[height // 5 : -height // 6, left : left + width // 6] = (220, 20, 20)
+    return pictures
+
+
+def test_unusual_videos_are_anonymized_as_they_are_meant_to_be_seen(tmp_path, capfd):
+    """Turned ones upright, odd sides made even, 4K scaled, a changing rate evened, whatever their names."""
+    folder = tmp_path / "ビデオ ö"
+    folder.mkdir()
+    film(folder / "turned.mp4")
+    stored = (folder / "turned.mp4").read_bytes()
+    upright = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
+    quarter = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, HEIGHT << 16, 0, 1 << 30)
+    (folder / "turned.mp4").write_bytes(stored.replace(upright, quarter, 1))
+    record(folder / "odd.mkv", red_block(3, 71, 93))
+    record(folder / "4K.mkv", red_block(2, 2160, 3840), "libx264", "yuv420p")
+    record(folder / "uneven.mkv", red_block(6, 64, 96), "libx264", "yuv420p", times=(0, 1, 2, 6, 10, 14))
+    record(folder / "one frame.mkv", red_block(1, 64, 96))
+    record(folder / "naïve 视频.mkv", red_block(3, 64, 96))
+    record(folder / "grey.mkv", red_block(4, 64, 96), pixels="gray")
+    os.rename(folder / "one frame.mkv", os.fsencode(folder) + b"/\xff.mkv")  # a name in no encoding
+    out = tmp_path / "aus gäbe"
+    assert cli.main(["anonymize", str(folder), "--out", str(out), *SMALL, "--limits.max_without_pose", "1"]) == 0
+    said = capfd.readouterr()
+    assert "Traceback" not in said.err
+    assert "grey.mkv: quarantined, no person found" in said.err
+    with open(out / "local_paths.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        names = {row["video_id"]: pathlib.Path(row["path"]).name for row in csv.DictReader(file)}
+    found = {names[r["video_id"]]: r for r in records(out)}
+    assert found["grey.mkv"]["frames"] == 4
+    assert {name: r["status"] for name, r in found.items() if r["status"] != "written"} == {"grey.mkv": "quarantined"}
+    clips = {names[r.video_id]: r.clip() for r in layers.Dataset(out)["train"]}
+    sizes = {name: clip.rgba.shape[:3] for name, clip in clips.items()}
+    assert sizes == {
+        "turned.mp4": (6, 96, 64),
+        "odd.mkv": (3, 64, 82),
+        "4K.mkv": (2, 64, 112),
+        "uneven.mkv": (6, 64, 96),
+        "\udcff.mkv": (1, 64, 96),
+        "naïve 视频.mkv": (3, 64, 96),
+    }
+    assert clips["uneven.mkv"].fps == pytest.approx(5 / 1.4, rel=0.01)
+
+
+def test_whatever_a_folder_holds_its_videos_are_found_once(tmp_path):
+    """Links are followed, loops are not gone round, and what cannot be read is said."""
+    folder = tmp_path / "films"
+    (folder / "inner").mkdir(parents=True)
+    for file in (folder / "a.mp4", folder / "inner" / "b.MP4", tmp_path / "elsewhere" / "c.mp4"):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    (folder / "inner" / "up").symlink_to(folder, target_is_directory=True)
+    (folder / "out").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (folder / "round.mp4").symlink_to("round.mp4")
+    (folder / "gone.mp4").symlink_to("nowhere.mp4")
+    os.mkfifo(folder / "pipe.mp4")
+    settings = command.AnonymizeConfig(out="x").dataset
+    sources, problems = command.gather([str(folder), str(folder / "pipe.mp4"), str(folder / "round.mp4")], settings)
+    assert [source.name for source in sources] == ["films/a.mp4", "films/inner/b.MP4", "films/out/c.mp4"]
+    assert sorted(line.split(": ")[0] for line in problems) == sorted(
+        str(folder / name) for name in ("gone.mp4", "pipe.mp4", "pipe.mp4", "round.mp4", "round.mp4")
+    )
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [({"path": 5}, "entry 1 has no path"), ({"path": "a", "subject_ids": 3}, "subject_ids 3"), ("a", "has no path")],
+)
+def test_a_manifest_of_other_types_is_one_line(tmp_path, entry, message):
+    (tmp_path / "list.jsonl").write_text(json.dumps(entry))
+    with pytest.raises(UserError, match=message):
+        command.gather([str(tmp_path / "list.jsonl")], command.AnonymizeConfig(out="x").dataset)
+
+
+def test_a_manifest_of_a_spreadsheet_is_read(tmp_path):
+    (tmp_path / "list.csv").write_text("path,label\nfilm ö.mp4,wave\n", encoding="utf-8-sig")
+    (source,), _ = command.gather([str(tmp_path / "list.csv")], command.AnonymizeConfig(out="x").dataset)
+    assert (source.name, source.label) == ("film ö.mp4", "wave")
+
+
+@pytest.mark.skipif(not os.path.isdir("/sys"), reason="a folder that nobody can write, root neither: /sys of Linux")
+def test_a_folder_that_cannot_be_written_is_one_line(films, capfd):
+    assert cli.main(["anonymize", str(films), "--out", "/sys/out"]) == 2
+    (said,) = capfd.readouterr().err.splitlines()
+    assert said.startswith("maskdp anonymize: /sys/out: ")
+
+
+@pytest.mark.slow
+def test_ten_thousand_frames_take_no_more_memory_than_a_thousand(tmp_path):
+    peaks = []
+    for frames in (1_000, 10_000):
+        file = tmp_path / f"{frames}.mp4"
+        scene = np.random.default_rng(0).integers(90, 120, (10, 64, 96, 3), np.uint8)
+        video.encode(file, itertools.islice(itertools.cycle(scene), frames), 25.0)
+        code = f"""
+import resource, runpy, sys
+sys.argv[1:] = {[str(file), "--out", str(tmp_path / str(frames)), "--video.max_frames", "100", *SMALL]}
+try:
+    runpy.run_path({__file__!r}, run_name="__main__")
+finally:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert f"{frames // 100} quarantined" in said
+        peaks.append(int(said.splitlines()[-1]) / 1024)
+    assert peaks[1] - peaks[0] < 60  # MB; the decoded frames alone are 184
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of its own, and a function that gives it so many kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True, check=False).returncode:
+        pytest.skip("a small disk cannot be mounted here: needs root")
+    yield folder, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}k", folder], check=True)
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_a_full_disk_is_one_line_and_with_more_room_the_run_goes_on(films, disk, capfd, workers):
+    """First no clip can be kept, then all can but no shard be written."""
+    folder, resize = disk
+    out = folder / "out"
+    arguments = ["anonymize", str(films), "--out", str(out), "--workers", workers, *SMALL]
+    arguments += ["--dataset.private_format", "png"]
+
+    def anonymize() -> int:
+        return cli.main(arguments) if workers == "1" else run(*arguments[1:]).wait()
+
+    for size, place, kept in ((24, out, 0), (160, out / layers.SHARDS, 3)):
+        resize(size)
+        assert anonymize() == 2
+        said = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("anonymize: 3/3")]
+        assert said == [
+            f"maskdp anonymize: {place}: No space left on device; once it can be written, run again to go on"
+        ]
+        assert len(list((out / "work").glob("*.npz"))) == kept
+        assert not [left for left in out.rglob(".*") if not left.name.endswith("lock")]
+    kept = {file: file.stat().st_mtime_ns for file in (out / "work").glob("*.npz")}
+    resize(1000)
+    assert anonymize() == 0
+    assert {file: file.stat().st_mtime_ns for file in (out / "work").glob("*.npz")} == kept
+    assert len(layers.Dataset(out)["train"]) == 3
 
 
 def test_quarantine_alone_is_no_failure(tmp_path, capfd):
@@ -207,9 +376,24 @@ def test_public_shards_do_not_change_when_the_scene_does(tmp_path):
     assert layer[0].source != layer[1].source
 
 
-def run(*arguments) -> subprocess.Popen:
+def run(*arguments, **options) -> subprocess.Popen:
     """The command in a process of its own, with the finder of this file."""
-    return subprocess.Popen([sys.executable, __file__, *map(str, arguments)])
+    return subprocess.Popen([sys.executable, __file__, *map(str, arguments)], **options)
+
+
+def kill_at(number: int, out: str) -> None:
+    """This process is killed just before it opens, makes, renames or removes something in `out` for the n-th time."""
+    events = open(f"{out}.events", "w")  # noqa: SIM115
+    seen = itertools.count()
+
+    def before(event: str, arguments: tuple) -> None:
+        if event.startswith(("open", "os.")) and arguments and str(arguments[0]).startswith(f"{out}/"):
+            if next(seen) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            events.write(f"{event} {arguments[0]}\n")
+            events.flush()
+
+    sys.addaudithook(before)
 
 
 def test_a_killed_run_goes_on_to_the_same_shards_and_the_secret_stays_where_it_is(films, tmp_path):
@@ -239,6 +423,83 @@ def test_a_killed_run_goes_on_to_the_same_shards_and_the_secret_stays_where_it_i
             data = file.read_bytes()
             assert secret not in data, file
             assert secret.hex().encode() not in data.lower(), file
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(films, tmp_path_factory) -> pathlib.Path:
+    """What a run leaves that nothing disturbs."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "EmbeddedFinder", RedFinder)
+        assert cli.main(["anonymize", str(films), "--out", str(out), *SMALL]) == 0
+    return out
+
+
+def same(out: pathlib.Path, whole: pathlib.Path) -> bool:
+    """The same shards to the byte, the same clips in the manifest, and nothing half written beside them."""
+    clips = [[{**r, "seconds": None} for r in records(folder)] for folder in (out, whole)]
+    left = {file.name for file in out.rglob(".*")}
+    data = [layers.Dataset(folder).fingerprint() for folder in (out, whole)]
+    return clips[0] == clips[1] and data[0] == data[1] and left == {".lock", command.WORKERS_LOCK}
+
+
+@pytest.mark.slow
+def test_killed_before_any_of_its_writes_a_run_goes_on_to_the_same_shards(films, uninterrupted, tmp_path):
+    """At sixteen of the moments at which it opens, renames or makes a file, half of them while it writes shards."""
+
+    def killed_at(number: int) -> tuple[pathlib.Path, int]:
+        out = tmp_path / str(number)
+        out.mkdir()
+        (out / "wardrobe.secret").write_bytes((uninterrupted / "wardrobe.secret").read_bytes())
+        child = run(films, "--out", out, *SMALL, env={**os.environ, "KILL_AT": str(number), "COUNT": str(out)})
+        return out, child.wait()
+
+    out, status = killed_at(10**9)
+    assert status == 0
+    assert same(out, uninterrupted)
+    events = (out.parent / f"{out.name}.events").read_text().splitlines()
+    shards = next(i for i, event in enumerate(events) if ".shards" in event)
+    rng = np.random.default_rng(0)
+    moments = [*rng.choice(np.arange(1, shards), 8, False), *rng.choice(np.arange(shards, len(events)), 8, False)]
+    for moment in moments:
+        out, status = killed_at(moment)
+        assert status == -signal.SIGKILL
+        assert cli.main(["anonymize", str(films), "--out", str(out), *SMALL]) == 0
+        assert same(out, uninterrupted), events[moment]
+
+
+@pytest.mark.slow
+def test_runs_killed_one_after_the_other_meet_no_worker_of_their_elders(films, uninterrupted, tmp_path):
+    """Twelve with other settings and two workers each, at random moments; then one that is let be."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "wardrobe.secret").write_bytes((uninterrupted / "wardrobe.secret").read_bytes())
+    for wait in np.random.default_rng(1).uniform(1, 8, 12):
+        child = run(films, "--out", out, "--workers", 2, *SMALL, "--fit.steps", 30)
+        time.sleep(wait)
+        child.kill()
+        child.wait()
+    assert cli.main(["anonymize", str(films), "--out", str(out), *SMALL]) == 0
+    assert same(out, uninterrupted)
+
+
+def test_a_run_waits_for_the_workers_of_a_killed_one(films, tmp_path):
+    out = tmp_path / "out"
+    (out / "work").mkdir(parents=True)
+    settings = command.AnonymizeConfig(out=str(out))
+    left = command.Worker(settings, bytes(32))
+    entered = threading.Event()
+
+    def later() -> None:
+        with command._alone(out):
+            entered.set()
+
+    thread = threading.Thread(target=later)
+    thread.start()
+    assert not entered.wait(0.3)
+    del left
+    assert entered.wait(5)
+    thread.join()
 
 
 def test_other_settings_or_another_file_are_not_taken_for_finished_work(films, tmp_path):
@@ -294,4 +555,6 @@ def test_settings_survive_a_round_trip_through_the_written_config(films, tmp_pat
 if __name__ in ("__main__", "__mp_main__"):  # a process of `run`, or a worker of it
     pipeline.EmbeddedFinder = RedFinder
 if __name__ == "__main__":
+    if "KILL_AT" in os.environ:
+        kill_at(int(os.environ["KILL_AT"]), os.environ["COUNT"])
     sys.exit(cli.main(["anonymize", *sys.argv[1:]]))

@@ -85,3 +85,8 @@ def test_who_left_is_a_ghost_and_who_came_is_not():
     left, came = np.stack([there] * 10 + [scene] * 10), np.stack([scene] * 10 + [there] * 10)
     assert cues.ghosts(left, there, moved)[30:90, 40:60].all()
     assert not cues.ghosts(came, scene, moved).any()
+
+
+def test_largest_is_the_maximum_over_the_colours():
+    values = np.random.default_rng(0).integers(-300, 300, (5, 7, 9, 3)).astype(np.int16)
+    np.testing.assert_array_equal(cues.largest(values), values.max(-1))

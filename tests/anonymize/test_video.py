@@ -111,14 +111,14 @@ def test_other_pixel_formats(tmp_path, pixels):
     assert psnr(clip.frames, frames) > 35
 
 
-def write(path, frames, codec, pixels="yuv420p", gaps=1, **options):
+def write(path, frames, codec, pixels="yuv420p", gaps=1, times=None, **options):
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec, rate=25)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
         stream.time_base = stream.codec_context.time_base = fractions.Fraction(1, 25)
         for i, frame in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=pixels)
-            frame.pts, frame.time_base = i * gaps, fractions.Fraction(1, 25)
+            frame.pts, frame.time_base = i * gaps if times is None else times[i], fractions.Fraction(1, 25)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
@@ -127,6 +127,39 @@ def test_fps_comes_from_the_time_stamps(tmp_path):
     write(tmp_path / "a.mkv", moving_bars(), "libx264", gaps=5)
     (clip,) = read(tmp_path / "a.mkv")
     assert clip.fps == pytest.approx(5, rel=0.01)
+
+
+def test_a_variable_rate_keeps_its_timing(tmp_path):
+    """At each moment, the frame that was then to be seen, to within a frame's time."""
+    times = np.cumsum([0, *np.random.default_rng(0).choice([1, 2, 9], 59)])
+    write(tmp_path / "a.mkv", moving_bars(60), "libx264", times=times, crf="8")
+    frames = moving_bars(60)
+    (clip,) = read(tmp_path / "a.mkv")
+    assert len(clip.frames) == 60
+    assert clip.fps == pytest.approx(25 * 59 / times[-1], rel=0.01)
+    for i, picture in enumerate(clip.frames):
+        shown = np.argmin([np.abs(frame.astype(int) - picture).mean() for frame in frames])
+        near = np.abs(times - 25 * i / clip.fps)
+        assert near[shown] <= near.min() + 1e-6
+
+
+def test_rounded_time_stamps_leave_every_frame_in_its_place(tmp_path):
+    """Matroska's are of milliseconds."""
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=fractions.Fraction(60000, 1001))
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "bgr0"
+        for frame in moving_bars(60):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    (clip,) = read(tmp_path / "a.mkv")
+    np.testing.assert_array_equal(clip.frames, moving_bars(60))
+
+
+def test_a_pause_ends_a_clip(tmp_path):
+    write(tmp_path / "a.mkv", moving_bars(20), "libx264", times=[*range(12), *range(500, 508)])
+    parts = read(tmp_path / "a.mkv")
+    assert [len(part.frames) for part in parts] == [12, 8]
+    assert [part.fps for part in parts] == pytest.approx([25, 25], rel=0.01)
 
 
 def expect_one_line(path, *words):

@@ -68,6 +68,9 @@ path = pathlib.Path(sys.argv[1])
     assert child.wait(10) == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert all(left.name.startswith(".") for left in tmp_path.iterdir())
+    (tmp_path / ".settings").touch()
+    atomic.sweep(tmp_path)
+    assert [left.name for left in tmp_path.iterdir()] == [".settings"]
 
 
 def test_a_reader_beside_a_writer_never_sees_half_a_file(tmp_path):

@@ -121,6 +121,15 @@ def test_fingerprint_follows_the_data(tmp_path):
     assert prints[0] == prints[1] != prints[2]
 
 
+def test_features_are_stored_in_the_order_of_their_names(folder):
+    """Protobuf's own order differs from process to process, and so would the bytes of a run that was broken off."""
+    for split in layers.Dataset(folder).splits:
+        for serialized in layers.Dataset(folder)[split]._source:
+            names = (b"clip_id", b"fps", b"frames", b"label", b"private/rgb", b"public/rgba", b"scene_id", b"video_id")
+            places = [serialized.index(bytes([len(name)]) + name) for name in names]
+            assert places == sorted(places)
+
+
 def test_what_is_not_a_dataset_says_so(tmp_path):
     with pytest.raises(UserError, match="not a two-layer dataset"):
         layers.Dataset(tmp_path)
