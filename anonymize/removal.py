@@ -20,6 +20,7 @@ LEAST_FRAMES = 3  # of a shot that can fill its own holes
 MISFIT = 10  # grey levels; a frame that differs more from the scene, on average, was laid onto it wrongly
 ALIKE = 26  # grey levels; more is another thing, not another light
 FAINT = 5  # grey levels; the least shadow that is removed with what casts it
+MOST_SHADOW = 0.4  # of a frame
 SEAM = 0.05  # part of the short side; how far the light at a hole's rim reaches into it
 SEEN_AGAIN = 0.015  # part of a frame; a larger piece that looks like a person at every height is a doubt
 
@@ -139,13 +140,15 @@ def _settled(frames: np.ndarray, busy: np.ndarray, shot: Shot, scene: np.ndarray
 
 def _shadows(frame: np.ndarray, busy: np.ndarray, view: np.ndarray, known: np.ndarray, reach: float) -> np.ndarray:
     """(H, W) bool: what touches the removed and faintly differs from the empty scene; only what is darker than it
-    where the scene is in doubt, as it is where a shadow lay for long."""
+    where the scene is in doubt, as it is where a shadow lay for long. Empty where it would be most of the frame: then
+    the light has changed."""
     difference, light, _ = _compared(frame, view, known & ~busy)
     free = ~busy & view.any(-1)
     faint = _smooth(difference - light, free, reach)
     other = cv2.inRange(faint, (-FAINT,) * 3, (FAINT,) * 3) == 0
     darker = cv2.inRange(faint, (-np.inf,) * 3, (-FAINT,) * 3) > 0
-    return free & cues.touching(free & np.where(known, other, darker), busy)
+    shade = free & cues.touching(free & np.where(known, other, darker), busy)
+    return free & cues.dilated(shade, reach) if shade.mean() < MOST_SHADOW else np.zeros_like(busy)
 
 
 def _compared(frame: np.ndarray, view: np.ndarray, free: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
