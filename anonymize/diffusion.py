@@ -55,7 +55,7 @@ def load(key: str, folder: str, classes: Sequence[str]):
             folder,
             local_files_only=True,
             use_safetensors=True,
-            dtype={"default": torch.bfloat16, "vae": torch.float32} if gpu else torch.float32,
+            dtype=torch.bfloat16 if gpu else torch.float32,
             **({"safety_checker": None} if "safety_checker" in saved else {}),
         )
     except Exception as error:  # each part of a pipeline has its own loader, and those raise whatever they like

@@ -149,11 +149,11 @@ def test_a_clip_over_the_limit_of_frames_without_pose_is_quarantined(anonymizer,
 def test_a_frame_whose_removal_failed_is_blanked_and_too_many_quarantine(anonymizer, body):
     found = people(body, standing((0, -3)))
     found.removal[0] = True
-    result = run(anonymizer, found, noise(0), limits=LimitsConfig(max_blanked=0.25))
+    result = run(anonymizer, found, noise(1), limits=LimitsConfig(max_blanked=0.25))
     assert (result.status, result.frames_blanked, result.reason) == ("written", 1, None)
     assert np.ptp(result.private[0]) == 0
     found.removal[1] = True
-    result = run(anonymizer, found, noise(0), limits=LimitsConfig(max_blanked=0.25))
+    result = run(anonymizer, found, noise(1), limits=LimitsConfig(max_blanked=0.25))
     assert (result.status, result.frames_blanked, result.private) == ("quarantined", 2, None)
 
 
@@ -180,12 +180,7 @@ def test_a_refined_public_layer_does_not_change_with_the_source_unless_it_looks_
 
     def refined(seed: int, context: str):
         refiner = ControlNetConfig(
-            folder=tiny("sd_controls"),
-            controls=("pose", "depth", "canny"),
-            steps=1,
-            strength=1.0,
-            size=64,
-            context=context,
+            folder=tiny("sd_control"), controls=("pose",), steps=1, strength=1.0, size=64, context=context
         )
         anonymizer.refiner = refiner.load()
         try:

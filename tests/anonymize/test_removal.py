@@ -1,8 +1,11 @@
+import dataclasses
+
 import cv2
 import numpy as np
 import pytest
 import torch
 
+from anonymize import stabilise
 from anonymize.cues import inpainted
 from anonymize.people import People
 from anonymize.removal import BLANK, remove
@@ -152,6 +155,20 @@ def test_a_frame_that_cannot_be_laid_over_the_others_borrows_and_lends_nothing(p
     assert np.array_equal(result[6], inpainted(frames[6], removal[6]))
     frames[6] = 255 - frames[6]
     assert np.array_equal(np.delete(result, 6, 0), np.delete(remove(frames, people(removal, False)).frames, 6, 0))
+
+
+def test_a_frame_that_the_chain_laid_wrongly_is_laid_anew_or_left_out(plane, panned, monkeypatch):
+    frames, _, removal, result = panned
+    chained = list(stabilise.shots(np.where(removal[..., None], 0, frames), removal, np.ones(len(frames), bool)))
+    to_scene = chained[0].to_scene.copy()
+    to_scene[8] = np.array([[1, 0, 4], [0, 1, -3], [0, 0, 1]]) @ to_scene[8]  # an error that the scene can mend
+    to_scene[14] = np.array([[1, 0, 70], [0, 1, -40], [0, 0, 1]]) @ to_scene[14]  # and one that it cannot
+    wrong = dataclasses.replace(chained[0], to_scene=to_scene)
+    monkeypatch.setattr(stabilise, "shots", lambda *_: [wrong])
+    again = remove(frames, people(removal, static_camera=False)).frames
+    assert np.array_equal(again[14], inpainted(frames[14], removal[14]))
+    others = np.delete(np.abs(again.astype(int) - result).max(-1), 14, 0)
+    assert np.quantile(others, 0.999) < 20
 
 
 @pytest.mark.parametrize("pan", [0.0, 5.0])
