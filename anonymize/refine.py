@@ -44,6 +44,7 @@ _COLOUR_NAMES = {
     "purple": (0.42, 0.27, 0.44),
     "pink": (0.78, 0.56, 0.65),
     "brown": (0.34, 0.22, 0.14),
+    "auburn": (0.52, 0.24, 0.13),
     "teal": (0.15, 0.47, 0.5),
 }
 
@@ -366,6 +367,7 @@ def prompt(identity: Identity) -> str:
     hair = {
         "bald": "a bald head",
         "cap": f"a cap over {_colour(identity.hair)} hair",
+        "bob": f"{_colour(identity.hair)} hair in a bob",
         "bun": f"{_colour(identity.hair)} hair in a bun",
         "ponytail": f"{_colour(identity.hair)} hair in a ponytail",
     }.get(identity.hair_style, f"{identity.hair_style} {_colour(identity.hair)} hair")
@@ -378,8 +380,10 @@ def prompt(identity: Identity) -> str:
 
 
 def _cloth(cloth: Cloth) -> str:
-    pattern = {"plain": "", "stripe": "striped ", "check": "chequered ", "print": "printed "}[cloth.pattern]
-    return f"{pattern}{_colour(cloth.colour)}"
+    if cloth.pattern == "plain":
+        return _colour(cloth.colour)
+    pattern = {"stripe": "striped", "check": "chequered", "print": "printed"}[cloth.pattern]
+    return f"{pattern} {_colour(cloth.colour)} and {_colour(cloth.second)}"
 
 
 def _colour(colour: Colour) -> str:

@@ -140,7 +140,7 @@ def faces(portrait: Portrait, size: int) -> np.ndarray:
         seen = seen[np.isfinite(seen).all(-1)]
         if len(seen) and np.isfinite(points[control.NECK]).all():
             centre = seen.mean(0)
-            half = max(1.2 * float(np.hypot(*(centre - points[control.NECK]))), 2.0)
+            half = max(0.8 * float(np.hypot(*(centre - points[control.NECK]))), 2.0)
             (x0, y0), (x1, y1) = (np.array([centre - half, centre + half]).round().astype(int)).clip(0, len(view))
             if x1 > x0 and y1 > y0:
                 picture[:] = diffusion.resized(view[y0:y1, x0:x1], (size, size))

@@ -13,7 +13,7 @@ from anonymize import cues
 
 LARGEST = 4.0  # a scene has at most so many times the area of a frame; a longer pan becomes several shots
 LEAST_INLIERS = 12
-LEAST_SHARE = 0.5  # of the followed corners must obey the homography
+LEAST_SHARE = 0.6  # of the followed corners must obey the homography
 _WINDOW = 21  # pixels; of the optical flow
 
 
@@ -127,7 +127,7 @@ def motion(image: np.ndarray, other: np.ndarray, free: np.ndarray, other_free: n
     if homography is None or obeys.sum() < max(LEAST_INLIERS, LEAST_SHARE * sure.sum()):
         return None
     spread = cv2.contourArea(cv2.convexHull(points[sure][obeys[:, 0] > 0]))  # not to be stretched far beyond them
-    return homography if spread > 0.25 * free.sum() and _is_camera_motion(homography, image.shape) else None
+    return homography if spread > 0.15 * free.sum() and _is_camera_motion(homography, image.shape) else None
 
 
 def _within(points: np.ndarray, allowed: np.ndarray) -> np.ndarray:

@@ -143,7 +143,7 @@ def test_prompts_tell_of_the_identity_alone():
     assert "beard" not in prompt(dataclasses.replace(ANN, beard=False))
     assert "and a beard" in prompt(dataclasses.replace(ANN, beard=True))
     red = dataclasses.replace(ANN.top, colour=(0.62, 0.14, 0.17), pattern="stripe")
-    assert "a striped red " in prompt(dataclasses.replace(ANN, top=red))
+    assert "a striped red and " in prompt(dataclasses.replace(ANN, top=red))
 
 
 def test_a_clip_longer_than_the_video_model_takes_goes_on_from_what_was_drawn(tiny):

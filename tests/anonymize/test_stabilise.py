@@ -80,6 +80,13 @@ def test_where_there_is_nothing_to_hold_on_to_no_motion_is_trusted(pan):
     assert [len(shot.times) for shot in everything(frames[:3], busy)] == [1, 1, 1]
 
 
+def test_where_most_of_the_picture_moves_its_own_way_no_motion_is_trusted(plane):
+    """Four bands at four speeds, as at four depths: no homography holds for most of it."""
+    places = [[(30 * band, 100 + speed * t) for band, speed in enumerate((7, -7, 3, -4))] for t in range(3)]
+    frames = np.stack([np.vstack([plane[y : y + 30, x : x + 160] for y, x in bands]) for bands in places])
+    assert [len(shot.times) for shot in everything(frames, np.zeros(frames.shape[:3], bool))] == [1, 1, 1]
+
+
 def test_a_long_pan_becomes_several_shots_of_bounded_size(pan, monkeypatch):
     frames, _ = pan
     monkeypatch.setattr(stabilise, "LARGEST", 1.5)
