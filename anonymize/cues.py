@@ -135,7 +135,9 @@ def _median_over_free(stack: np.ndarray, free: np.ndarray, tolerance: float, agr
     ordered = np.sort(values.transpose(1, 2, 3, 0), axis=-1)
     middle = ((counts - 1).clip(0) // 2)[..., None, None].repeat(3, axis=2)
     median = np.take_along_axis(ordered, middle, -1)[..., 0]
-    near = (np.abs(values - median[None]) <= tolerance).all(-1) & free
+    near = free.copy()
+    for channel in range(3):
+        near &= np.abs(values[..., channel] - median[..., channel]) <= tolerance
     known = (counts >= max(3, 0.08 * len(stack))) & (near.sum(0) >= agreement * counts)
     return np.where(counts[..., None] > 0, median, 0).clip(0, 255).astype(np.uint8), known
 

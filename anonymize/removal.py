@@ -90,9 +90,11 @@ def _fill(out: np.ndarray, busy: np.ndarray, painted: np.ndarray, shot: Shot, in
         return shot.times[:0]
     scene, known = _scene(out, busy, shot)
     reach = 0.01 * min(out.shape[1:3])
+    before = busy[shot.times].sum()
     for t, place in zip(shot.times, shot.to_scene):
         busy[t] |= _shadows(out[t], busy[t], shot.seen(place, scene), shot.known(place, known), reach)
-    scene, known = _scene(out, busy, shot)
+    if busy[shot.times].sum() > before:
+        scene, known = _scene(out, busy, shot)
     scene = inpaint(scene, ~known)
     for t, place in zip(shot.times, shot.to_scene):
         view, seen = shot.seen(place, scene), shot.known(place, known)
@@ -143,7 +145,7 @@ def _shadows(frame: np.ndarray, busy: np.ndarray, view: np.ndarray, known: np.nd
     where the scene is in doubt, as it is where a shadow lay for long. Empty where it would be most of the frame: then
     the light has changed."""
     difference, light, _ = _compared(frame, view, known & ~busy)
-    free = ~busy & view.any(-1)
+    free = ~busy & (cv2.inRange(view, (0, 0, 0), (0, 0, 0)) == 0)
     faint = _smooth(difference - light, free, reach)
     other = cv2.inRange(faint, (-FAINT,) * 3, (FAINT,) * 3) == 0
     darker = cv2.inRange(faint, (-np.inf,) * 3, (-FAINT,) * 3) > 0
@@ -161,8 +163,12 @@ def _compared(frame: np.ndarray, view: np.ndarray, free: np.ndarray) -> tuple[np
 
 def _smooth(values: np.ndarray, where: np.ndarray, sigma: float) -> np.ndarray:
     """Values (H, W, 3) float32 of the places `where`, blurred, and carried on into the others; 0 far away from any."""
-    weight = cv2.GaussianBlur(where.astype(np.float32), (0, 0), sigma)[..., None]
-    return cv2.GaussianBlur(values * where[..., None], (0, 0), sigma) / (weight + 0.01)
+    height, width = where.shape
+    step = max(round(sigma / 1.5), 1)  # a blur needs no more pixels than this
+    both = np.dstack([values, np.ones_like(where, np.float32)]) * where[..., None]
+    small = cv2.resize(both, (-(-width // step), -(-height // step)), interpolation=cv2.INTER_AREA)
+    small = cv2.GaussianBlur(small, (0, 0), sigma / step)
+    return cv2.resize(small[..., :3] / (small[..., 3:] + 0.01), (width, height))
 
 
 def _seen_again(frames: np.ndarray, blanked: np.ndarray, painted: np.ndarray) -> str | None:
