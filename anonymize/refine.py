@@ -132,6 +132,10 @@ class ControlNetConfig(DiffusionConfig):
         positive(self, "guidance")
         if not 0 < self.strength <= 1:
             raise UserError(f"refine.strength: {self.strength}, expected a number above 0, at most 1")
+        if self.steps * self.strength < 1:
+            raise UserError(
+                f"refine.steps: {self.steps} times strength {self.strength} leaves no step, expected 1 or more"
+            )
         if not self.controls or set(self.controls) - set(control.CONTROLS):
             raise UserError(f"refine.controls: {list(self.controls)}, expected some of {', '.join(control.CONTROLS)}")
 

@@ -200,6 +200,10 @@ def test_it_is_off_by_default_and_chosen_by_type(tiny):
         (lambda tiny: AnimateConfig(folder=tiny("vace")), "holds a WanVACEPipeline, expected a WanAnimatePipeline"),
         (lambda tiny: ControlNetConfig(folder=tiny("sd_control"), controls=("face",)), "expected some of depth, canny"),
         (lambda tiny: ControlNetConfig(folder=tiny("sd_control"), strength=0.0), "refine.strength: 0.0"),
+        (
+            lambda tiny: ControlNetConfig(folder=tiny("sd_control"), steps=1),
+            "steps: 1 times strength 0.5 leaves no step",
+        ),
         (lambda tiny: ControlNetConfig(folder=tiny("sd_control"), context="both"), "context"),
         (lambda tiny: VaceConfig(folder=tiny("vace"), length=80), "expected 4n \\+ 1 frames"),
         (lambda tiny: VaceConfig(folder=tiny("vace"), control="scribble"), "control"),
