@@ -89,7 +89,7 @@ def _fill(out: np.ndarray, busy: np.ndarray, painted: np.ndarray, shot: Shot, in
     if len(shot.times) < LEAST_FRAMES:
         return shot.times[:0]
     scene, known = _scene(out, busy, shot)
-    reach = 0.01 * min(out.shape[1:3])
+    reach = max(0.01 * min(out.shape[1:3]), 1.5)
     before = busy[shot.times].sum()
     for t, place in zip(shot.times, shot.to_scene):
         busy[t] |= _shadows(out[t], busy[t], shot.seen(place, scene), shot.known(place, known), reach)
