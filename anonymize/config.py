@@ -4,8 +4,9 @@ import dataclasses
 from dataclasses import field
 
 from anonymize.fit import FitConfig
+from anonymize.inpaint import InpaintConfig, OpenCVInpaint
 from anonymize.people import FinderConfig
-from anonymize.refine import RefineConfig
+from anonymize.refine import NoRefinement, RefineConfig
 from maskdp.config import fingerprint, one_of, positive
 from maskdp.errors import UserError
 
@@ -97,7 +98,8 @@ class PipelineConfig:
     finder: FinderConfig = field(default_factory=FinderConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     avatar: AvatarConfig = field(default_factory=AvatarConfig)
-    refine: RefineConfig = field(default_factory=RefineConfig)
+    inpaint: InpaintConfig = field(default_factory=OpenCVInpaint)
+    refine: RefineConfig = field(default_factory=NoRefinement)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
 
 

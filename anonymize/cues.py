@@ -48,7 +48,7 @@ def camera_motion(frames: np.ndarray, samples: int = 16) -> str | None:
     if np.quantile(changed, 0.75) > 0.4:
         return "most of the picture changes: the camera moves or the scene cuts"
     gray = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in small]
-    points = _corners(gray[0])
+    points = corners(gray[0])
     if len(points) < 6:
         return None
     followed = [_followed(gray[0], image, points) for image in gray[1:]]
@@ -75,21 +75,28 @@ def _followed(first: np.ndarray, image: np.ndarray, points: np.ndarray) -> tuple
     return sure.mean(), staying, np.linalg.norm(frame @ motion[:, :2].T + motion[:, 2] - frame, axis=1).max()
 
 
-def _corners(image: np.ndarray, cells: int = 6, each: int = 4) -> np.ndarray:
-    """Up to `each` corners in every cell of a grid, (N, 1, 2) float32: textured cells only."""
+def corners(
+    image: np.ndarray, allowed: np.ndarray | None = None, each: int = 4, least: float = 3e-4, cells: int = 6
+) -> np.ndarray:
+    """Up to `each` corners in every cell of a grid, (N, 1, 2) float32: in allowed (H, W) places, of at least this
+    strength (`cv2.cornerMinEigenVal`) and 3 % of that of the strong ones."""
     height, width = image.shape
     strength = cv2.cornerMinEigenVal(image, 5)
+    allowed = np.ones(image.shape, np.uint8) if allowed is None else allowed.astype(np.uint8)
     points = []
     for rows in np.array_split(np.arange(height), cells):
         for columns in np.array_split(np.arange(width), cells):
-            cell = np.ascontiguousarray(image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
-            found = cv2.goodFeaturesToTrack(cell, each, 0.2, 4)
+            cell = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+            mask = np.ascontiguousarray(allowed[cell])
+            found = cv2.goodFeaturesToTrack(np.ascontiguousarray(image[cell]), each, 0.2, 4, mask=mask)
             if found is not None:
                 points.append(found + np.float32([columns[0], rows[0]]))
-    points = np.concatenate(points) if points else np.zeros((0, 1, 2), np.float32)
+    if not points:
+        return np.zeros((0, 1, 2), np.float32)
+    points = np.concatenate(points)
     x, y = points[:, 0].round().astype(int).T
     strong = strength[y.clip(0, height - 1), x.clip(0, width - 1)]
-    return np.ascontiguousarray(points[strong > max(3e-4, 0.03 * np.quantile(strong, 0.9))] if len(points) else points)
+    return np.ascontiguousarray(points[strong > max(least, 0.03 * np.quantile(strong, 0.9))])
 
 
 def largest(colours: np.ndarray) -> np.ndarray:
@@ -164,6 +171,14 @@ def foreground(
         keep[0] = False
         out[t] = keep[labels]
     return out
+
+
+def touching(mask: np.ndarray, seed: np.ndarray) -> np.ndarray:
+    """The pieces of a mask (H, W) bool that touch the seed, and the seed."""
+    _, labels = cv2.connectedComponents((mask | seed).astype(np.uint8), connectivity=8)
+    keep = np.zeros(labels.max() + 1, bool)
+    keep[labels[seed]] = True
+    return keep[labels]
 
 
 def stirring(frames: np.ndarray, fps: float, seconds: float = 0.25, threshold: float = 14) -> np.ndarray:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from anonymize import control
 from anonymize.body import Body
 from anonymize.camera import Camera
 from anonymize.config import AvatarConfig, PipelineConfig
 from anonymize.fit import Fit, SilhouetteFitter
 from anonymize.people import EmbeddedFinder, PeopleFinder
-from anonymize.refine import ControlNetRefiner
+from anonymize.refine import Drawing
 from anonymize.removal import remove
 from anonymize.render import render
 from anonymize.wardrobe import Avatar, Wardrobe
@@ -64,7 +65,8 @@ class Anonymizer:
         self.body = Body(config.avatar.model_path or None)
         self.wardrobe = Wardrobe(secret)
         self.fitter = SilhouetteFitter(self.body, config.fit)
-        self.refiner = ControlNetRefiner(config.refine) if config.refine.folder else None
+        self.inpaint = config.inpaint.load()
+        self.refiner = config.refine.load()
 
     def clip(self, frames: np.ndarray, fps: float, video: str, subjects: Sequence[str] = ()) -> ClipResult:
         """Anonymizes one clip.
@@ -85,7 +87,7 @@ class Anonymizer:
             return quarantined(people.doubt)
         if not people.persons:
             return quarantined("no person found")
-        removal = remove(frames, people, self.config.limits.max_blanked)
+        removal = remove(frames, people, self.config.limits.max_blanked, self.inpaint)
         blanked = int(removal.blanked.sum())
         if removal.doubt:
             return quarantined(removal.doubt, frames_blanked=blanked)
@@ -106,35 +108,39 @@ class Anonymizer:
         if not any(fit.ok.any() for fit in fits):
             return quarantined("nobody could be re-posed", **figures)
 
-        rgba, depth = render_public(fits, keys, camera, self.body, self.wardrobe, self.config.avatar.samples)
+        rgba, depth, person = render_public(fits, keys, camera, self.body, self.wardrobe, self.config.avatar.samples)
         if self.refiner:
+            skeletons = [control.keypoints(fit, shape, self.body, camera, depth) for fit, shape in zip(fits, betas)]
+            drawing = Drawing(rgba, depth, person, np.stack(skeletons, 1))
             ground = removal.frames if self.config.refine.context == "scene" else None
-            rgba = self.refiner(rgba, depth, self.wardrobe.identity(keys[0]), ground)
+            rgba = self.refiner(drawing, [self.wardrobe.identity(key) for key in keys], ground)
         return found(rgba, removal.frames, None, **figures)
 
 
 def render_public(
     fits: Sequence[Fit], keys: Sequence[str], camera: Camera, body: Body, wardrobe: Wardrobe, samples: int = 2
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The public layer: avatar `keys[i]` in the poses `fits[i]` wherever these are `ok`, nearer ones over farther ones.
 
     Guarantees: a function of poses, camera, keys, wardrobe and body model. No pixel of a source reaches it, nor any
     shape, colour or light taken from one.
 
     Returns:
-        rgba (T, H, W, 4) uint8, straight colour, and depth (T, H, W) float32 in metres, infinite where nothing is.
+        rgba (T, H, W, 4) uint8, straight colour; depth (T, H, W) float32 in metres, infinite where nothing is; and the
+        index of the nearest avatar (T, H, W) int16, -1 where nothing is.
     """
     avatars = [Avatar(body, wardrobe.identity(key)) for key in keys]
-    rgba, depth = [], []
+    rgba, depth, person = [], [], []
     for start in range(0, len(fits[0].ok), _CHUNK):
         part = slice(start, start + _CHUNK)
         meshes = [avatar.mesh(fit.pose[part]) for avatar, fit in zip(avatars, fits)]
         for t in range(len(fits[0].ok[part])):
-            shown = [mesh for mesh, fit in zip(meshes, fits) if fit.ok[start + t]]
-            rendering = render(shown, t, camera, samples)
+            shown = [index for index, fit in enumerate(fits) if fit.ok[start + t]]
+            rendering = render([meshes[index] for index in shown], t, camera, samples)
             rgba.append(rendering.rgba)
             depth.append(rendering.depth)
-    return np.stack(rgba), np.stack(depth)
+            person.append(np.array([*shown, -1], np.int16)[rendering.person])
+    return np.stack(rgba), np.stack(depth), np.stack(person)
 
 
 def identity_key(video: str, track: int, subjects: Sequence[str], config: AvatarConfig) -> str:

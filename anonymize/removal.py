@@ -1,16 +1,27 @@
 """Taking people out of a scene: what stood behind them, seen when the place was free, else painted from around it."""
 
 import dataclasses
+from collections.abc import Callable
 
 import cv2
 import numpy as np
 
-from anonymize import cues, person_net
+from anonymize import cues, person_net, stabilise
 from anonymize.people import People
+from anonymize.stabilise import Shot
+
+Inpaint = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 MOST_REMOVED = 0.8  # of a frame; beyond it nothing of the scene is left to show
 BLANK = cues.GREY
 LOOKS = 3  # frames of the result that are looked at again
+SAMPLES = 60  # frames of a shot that its scene is made from
+LEAST_FRAMES = 3  # of a shot that can fill its own holes
+MISFIT = 10  # grey levels; a frame that differs more from the scene, on average, was laid onto it wrongly
+ALIKE = 26  # grey levels; more is another thing, not another light
+FAINT = 5  # grey levels; the least shadow that is removed with what casts it
+MOST_SHADOW = 0.4  # of a frame
+SEAM = 0.05  # part of the short side; how far the light at a hole's rim reaches into it
 SEEN_AGAIN = 0.015  # part of a frame; a larger piece that looks like a person at every height is a doubt
 
 
@@ -29,13 +40,15 @@ class Removal:
     doubt: str | None
 
 
-def remove(frames: np.ndarray, people: People, most_blanked: float = 0.2) -> Removal:
-    """Removes everything that `people.removal` covers.
+def remove(frames: np.ndarray, people: People, most_blanked: float = 0.2, inpaint: Inpaint = cues.inpainted) -> Removal:
+    """Removes everything that `people.removal` covers, and the shadows and reflections that touch it.
 
-    With a static camera a removed pixel becomes the temporal median of the frames in which it was free, adjusted to
-    the frame's light. Where it never was free long enough, and wherever the camera moves, it is inpainted from the free
-    pixels around it (Telea 2004). A frame that is removed almost whole is blanked. The network, HOG and a face detector
-    then look at some of the resulting frames: if they still see somebody, that is a doubt.
+    A removed pixel becomes the temporal median of the frames in which its place was free, adjusted to the light at the
+    rim of the hole. The frames are laid over each other as they are (static camera) or by `stabilise`. Where a place
+    was never free long enough, the scene is painted (`inpaint`) once for all the frames that see it. A frame that
+    cannot be laid over others with confidence borrows nothing and lends nothing: it is painted alone. One that is
+    removed almost whole is blanked. The network, HOG and a face detector then look at some of the resulting frames: if
+    they still see somebody, that is a doubt.
 
     Guarantees: the result is a function of the pixels outside `people.removal` and of the mask itself. Whatever the
     removed pixels held, the output's bytes are the same (`people.background` is not read).
@@ -43,28 +56,119 @@ def remove(frames: np.ndarray, people: People, most_blanked: float = 0.2) -> Rem
     Args:
         frames: (T, H, W, 3) uint8.
         most_blanked: the part of the clip that may be blanked without a doubt.
+        inpaint: paints the hole (H, W) bool of a picture (H, W, 3) uint8 from what surrounds it.
     """
-    busy = people.removal
+    busy = people.removal.copy()
     blanked = busy.mean((1, 2)) > MOST_REMOVED
     out = np.where(busy[..., None], 0, frames).astype(np.uint8)
-    painted = busy
-    if people.static_camera and not blanked.all():
-        scene, known = cues.background_model(out[~blanked], busy[~blanked])
-        painted = busy & ~known
-        scene = cues.inpainted(scene, ~known)
-        light = cues.light_changes(out, busy, scene)
-        for t in np.flatnonzero(~blanked):
-            filling = (scene + light[t]).round().clip(0, 255).astype(np.uint8)
-            out[t][busy[t]] = filling[busy[t]]
+    painted = busy.copy()
+    if people.static_camera:
+        shots = [Shot.static(out, np.flatnonzero(~blanked))]
     else:
-        for t in np.flatnonzero(~blanked):
-            out[t] = cues.inpainted(out[t], busy[t])
+        shots = list(stabilise.shots(out, busy, ~blanked))
+    alone = ~blanked
+    for shot in shots:
+        alone[_fill(out, busy, painted, shot, inpaint)] = False
+    for t in np.flatnonzero(alone):
+        out[t] = inpaint(out[t], busy[t])
     out[blanked] = BLANK
     share = blanked.mean()
     doubt = (
         f"{share:.0%} of the frames had to be blanked" if share > most_blanked else _seen_again(out, blanked, painted)
     )
     return Removal(out, blanked, doubt)
+
+
+def _fill(out: np.ndarray, busy: np.ndarray, painted: np.ndarray, shot: Shot, inpaint: Inpaint) -> np.ndarray:
+    """Fills what is `busy` in a shot from its scene, in place; returns the numbers of the frames that were filled.
+
+    `busy` grows by shadows; what other frames showed is taken out of `painted`.
+    """
+    if shot.moves and len(shot.times) >= LEAST_FRAMES:
+        shot = _settled(out, busy, shot, *_scene(out, busy, shot))
+    if len(shot.times) < LEAST_FRAMES:
+        return shot.times[:0]
+    scene, known = _scene(out, busy, shot)
+    reach = max(0.01 * min(out.shape[1:3]), 1.5)
+    before = busy[shot.times].sum()
+    for t, place in zip(shot.times, shot.to_scene):
+        busy[t] |= _shadows(out[t], busy[t], shot.seen(place, scene), shot.known(place, known), reach)
+    if busy[shot.times].sum() > before:
+        scene, known = _scene(out, busy, shot)
+    scene = inpaint(scene, ~known)
+    for t, place in zip(shot.times, shot.to_scene):
+        view, seen = shot.seen(place, scene), shot.known(place, known)
+        difference, light, steady = _compared(out[t], view, seen & ~busy[t])
+        light = light + _smooth(difference - light, steady, SEAM * min(out.shape[1:3]))
+        out[t][busy[t]] = (view + light).round().clip(0, 255).astype(np.uint8)[busy[t]]
+        painted[t] = busy[t] & ~seen
+    return shot.times
+
+
+def _scene(frames: np.ndarray, busy: np.ndarray, shot: Shot) -> tuple[np.ndarray, np.ndarray]:
+    """The empty scene of a shot and where it is known; see `cues.background_model`."""
+    if not shot.moves:
+        return cues.background_model(frames[shot.times], busy[shot.times], SAMPLES)
+    chosen = cues.sample_times(len(shot.times), SAMPLES)
+    laid = [shot.laid(place, frames[t], ~busy[t]) for t, place in zip(shot.times[chosen], shot.to_scene[chosen])]
+    pictures, free = map(np.stack, zip(*laid))
+    return cues.background_model(pictures, ~free, SAMPLES)
+
+
+def _settled(frames: np.ndarray, busy: np.ndarray, shot: Shot, scene: np.ndarray, known: np.ndarray) -> Shot:
+    """The shot without the frames that do not look like its scene where both are seen.
+
+    Each is tried as the chain of motions places it and as it follows from the scene alone, which ends what errors add
+    up to along the chain.
+    """
+    gray = cv2.cvtColor(scene, cv2.COLOR_RGB2GRAY)
+
+    def misfit(t: int, place: np.ndarray) -> float:
+        both = shot.known(place, known) & ~busy[t]
+        difference, light, _ = _compared(frames[t], shot.seen(place, scene), both)
+        return float(np.abs(difference - light)[both].clip(max=ALIKE).mean()) if both.any() else np.inf
+
+    kept, to_scene = [], []
+    for t, place in zip(shot.times, shot.to_scene):
+        frame = cv2.cvtColor(frames[t], cv2.COLOR_RGB2GRAY)
+        step = stabilise.motion(frame, shot.seen(place, gray), ~busy[t], shot.known(place, known))
+        places = [place] if step is None else [place, place @ step]
+        errors = [misfit(t, place) for place in places]
+        if min(errors) <= MISFIT:
+            kept.append(t)
+            to_scene.append(places[int(np.argmin(errors))])
+    return dataclasses.replace(shot, times=np.array(kept, int), to_scene=np.array(to_scene).reshape(-1, 3, 3))
+
+
+def _shadows(frame: np.ndarray, busy: np.ndarray, view: np.ndarray, known: np.ndarray, reach: float) -> np.ndarray:
+    """(H, W) bool: what touches the removed and faintly differs from the empty scene; only what is darker than it
+    where the scene is in doubt, as it is where a shadow lay for long. Empty where it would be most of the frame: then
+    the light has changed."""
+    difference, light, _ = _compared(frame, view, known & ~busy)
+    free = ~busy & (cv2.inRange(view, (0, 0, 0), (0, 0, 0)) == 0)
+    faint = _smooth(difference - light, free, reach)
+    other = cv2.inRange(faint, (-FAINT,) * 3, (FAINT,) * 3) == 0
+    darker = cv2.inRange(faint, (-np.inf,) * 3, (-FAINT,) * 3) > 0
+    shade = free & cues.touching(free & np.where(known, other, darker), busy)
+    return free & cues.dilated(shade, reach) if shade.mean() < MOST_SHADOW else np.zeros_like(busy)
+
+
+def _compared(frame: np.ndarray, view: np.ndarray, free: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Frame minus view (H, W, 3) float32, the light in it (3,), and where nothing but the light differs (H, W) bool."""
+    difference = cv2.subtract(frame, view, dtype=cv2.CV_32F)
+    some = difference[::2, ::2][free[::2, ::2]]
+    light = np.median(some, axis=0) if len(some) else np.zeros(3, np.float32)
+    return difference, light, free & (cv2.inRange(difference, light - ALIKE, light + ALIKE) > 0)
+
+
+def _smooth(values: np.ndarray, where: np.ndarray, sigma: float) -> np.ndarray:
+    """Values (H, W, 3) float32 of the places `where`, blurred, and carried on into the others; 0 far away from any."""
+    height, width = where.shape
+    step = max(round(sigma / 1.5), 1)  # a blur needs no more pixels than this
+    both = np.dstack([values, np.ones_like(where, np.float32)]) * where[..., None]
+    small = cv2.resize(both, (-(-width // step), -(-height // step)), interpolation=cv2.INTER_AREA)
+    small = cv2.GaussianBlur(small, (0, 0), sigma / step)
+    return cv2.resize(small[..., :3] / (small[..., 3:] + 0.01), (width, height))
 
 
 def _seen_again(frames: np.ndarray, blanked: np.ndarray, painted: np.ndarray) -> str | None:

@@ -13,6 +13,7 @@ from anonymize.fit import Fit, FitConfig
 from anonymize.people import People, Person
 from anonymize.pipeline import Anonymizer, identity_key, render_public
 from anonymize.pose import Pose
+from anonymize.refine import ControlNetConfig
 from anonymize.render import silhouette
 from anonymize.wardrobe import Wardrobe
 from maskdp import layers
@@ -90,12 +91,12 @@ def test_public_layer_does_not_change_when_every_source_pixel_does(anonymizer, b
 def test_render_public_is_a_function_of_poses_camera_keys_and_wardrobe(body):
     poses = standing((0, -3))
     fits = [Fit(pose, np.ones(FRAMES, bool), np.ones(FRAMES)) for pose in poses]
-    rgba, _ = render_public(fits, ["a"], CAMERA, body, Wardrobe(SECRET))
-    again, _ = render_public(fits, ["a"], CAMERA, Body(), Wardrobe(SECRET))
+    rgba, *_ = render_public(fits, ["a"], CAMERA, body, Wardrobe(SECRET))
+    again, *_ = render_public(fits, ["a"], CAMERA, Body(), Wardrobe(SECRET))
     assert rgba.tobytes() == again.tobytes()
-    other, _ = render_public(fits, ["b"], CAMERA, body, Wardrobe(SECRET))
+    other, *_ = render_public(fits, ["b"], CAMERA, body, Wardrobe(SECRET))
     assert not np.array_equal(rgba, other)
-    unguessable, _ = render_public(fits, ["a"], CAMERA, body, Wardrobe(b"other" * 8))
+    unguessable, *_ = render_public(fits, ["a"], CAMERA, body, Wardrobe(b"other" * 8))
     assert not np.array_equal(rgba, unguessable)
 
 
@@ -148,11 +149,11 @@ def test_a_clip_over_the_limit_of_frames_without_pose_is_quarantined(anonymizer,
 def test_a_frame_whose_removal_failed_is_blanked_and_too_many_quarantine(anonymizer, body):
     found = people(body, standing((0, -3)))
     found.removal[0] = True
-    result = run(anonymizer, found, noise(0), limits=LimitsConfig(max_blanked=0.25))
-    assert (result.status, result.frames_blanked) == ("written", 1)
+    result = run(anonymizer, found, noise(1), limits=LimitsConfig(max_blanked=0.25))
+    assert (result.status, result.frames_blanked, result.reason) == ("written", 1, None)
     assert np.ptp(result.private[0]) == 0
     found.removal[1] = True
-    result = run(anonymizer, found, noise(0), limits=LimitsConfig(max_blanked=0.25))
+    result = run(anonymizer, found, noise(1), limits=LimitsConfig(max_blanked=0.25))
     assert (result.status, result.frames_blanked, result.private) == ("quarantined", 2, None)
 
 
@@ -170,3 +171,27 @@ def test_identities_follow_the_track_or_where_asked_the_subject():
     assert identity_key("v", 0, ("ann",), track) != identity_key("w", 0, ("ann",), track)
     assert identity_key("v", 0, ("ann",), subject) == identity_key("w", 3, ("ann",), subject)
     assert identity_key("v", 0, ("ann", "bob"), subject) == identity_key("v", 0, (), track)
+
+
+def test_a_refined_public_layer_does_not_change_with_the_source_unless_it_looks_at_the_scene(anonymizer, body, tiny):
+    """Non-interference by bytes, with two people and a real ControlNet pipeline; and alpha is the rendered one."""
+    found = people(body, standing((-0.4, -3), (0.5, -3.5)))
+    rendered = run(anonymizer, found, noise(1))
+
+    def refined(seed: int, context: str):
+        refiner = ControlNetConfig(
+            folder=tiny("sd_control"), controls=("pose",), steps=1, strength=1.0, size=64, context=context
+        )
+        anonymizer.refiner = refiner.load()
+        try:
+            return run(anonymizer, found, noise(seed), refine=refiner)
+        finally:
+            anonymizer.refiner = None
+
+    one, two = refined(1, "none"), refined(2, "none")
+    assert one.rgba.tobytes() == two.rgba.tobytes()
+    assert not np.array_equal(one.private, two.private)
+    assert np.array_equal(one.rgba[..., 3], rendered.rgba[..., 3])
+    assert not np.array_equal(one.rgba, rendered.rgba)
+    layers.check_layers(one.rgba, one.private, "clip")
+    assert refined(1, "scene").rgba.tobytes() != refined(2, "scene").rgba.tobytes()

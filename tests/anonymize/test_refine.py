@@ -1,164 +1,233 @@
-"""The diffusion backend: a real ControlNet-inpaint pipeline with tiny random weights, saved and loaded offline."""
+"""The diffusion backends of the refinement: real pipelines with tiny random weights, saved and loaded from a folder."""
 
-import json
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
 
-from anonymize.refine import ControlNetRefiner, RefineConfig
+from anonymize import refine_video
+from anonymize.config import AnonymizeConfig
+from anonymize.refine import AnimateConfig, ControlNetConfig, Drawing, NoRefinement, Refiner, VaceConfig, prompt
 from anonymize.wardrobe import Wardrobe
-from maskdp import layers
+from maskdp import config, layers
 from maskdp.errors import UserError
 
+WARDROBE = Wardrobe(b"\1" * 32)
+ANN, BOB = WARDROBE.identity("ann"), WARDROBE.identity("bob")
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    from diffusers import (
-        AutoencoderKL,
-        ControlNetModel,
-        DDIMScheduler,
-        StableDiffusionControlNetInpaintPipeline,
-        UNet2DConditionModel,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("pipeline")
-    ends = ["<|startoftext|>", "<|endoftext|>"]
-    letters = [chr(code) for code in range(33, 127)]
-    vocabulary = {token: i for i, token in enumerate([*letters, *(f"{a}</w>" for a in letters), *ends])}
-    (path / "vocab.json").write_text(json.dumps(vocabulary))
-    (path / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer.from_pretrained(path, model_max_length=77)
-    width, (start, end) = 32, (vocabulary[token] for token in ends)
-    text = CLIPTextConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=width,
-        intermediate_size=width,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        bos_token_id=start,
-        eos_token_id=end,
-        pad_token_id=end,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=width,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    )
-    control = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
-    for layer in (control.controlnet_mid_block, control.controlnet_cond_embedding.conv_out):
-        torch.nn.init.normal_(layer.weight)  # zero at birth, and the control map would not matter
-    pipeline = StableDiffusionControlNetInpaintPipeline(
-        vae=AutoencoderKL(
-            block_out_channels=[8, 16],
-            down_block_types=["DownEncoderBlock2D"] * 2,
-            up_block_types=["UpDecoderBlock2D"] * 2,
-            latent_channels=4,
-            norm_num_groups=8,
-        ),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=unet,
-        controlnet=control,
-        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(path / "saved")
-    return str(path / "saved")
 
 
 @pytest.fixture(scope="module")
-def refiner(folder) -> ControlNetRefiner:
-    return ControlNetRefiner(RefineConfig(folder=folder, steps=2, strength=1.0, size=64))
+def refiners(tiny):
+    """A refiner of each kind, by name."""
+    small = {"steps": 2, "size": 64}
+    one = {**small, "strength": 1.0}
+    return {
+        "sd": ControlNetConfig(folder=tiny("sd_control"), **one).load(),
+        "sd_three": ControlNetConfig(folder=tiny("sd_controls"), controls=("pose", "depth", "canny"), **one).load(),
+        "sdxl": ControlNetConfig(folder=tiny("sdxl_control"), **one).load(),
+        "wan_vace": VaceConfig(folder=tiny("vace"), length=13, **small).load(),
+        "wan_animate": AnimateConfig(folder=tiny("animate"), length=13, **small).load(),
+    }
 
 
-def drawn() -> tuple[np.ndarray, np.ndarray]:
-    """Two frames of a disc with a soft rim, and its depth; the second frame is empty."""
+KINDS = ("sd", "sd_three", "sdxl", "wan_vace", "wan_animate")
+
+
+def drawn(frames=3, people=1) -> Drawing:
+    """Discs with a soft rim, each person's a step from the other's, and their depth; the last frame is empty."""
     y, x = np.mgrid[:48, :48]
-    cover = np.clip(16 - np.hypot(x - 24, y - 24), 0, 1)
-    rgba = np.zeros((2, 48, 48, 4), np.uint8)
-    rgba[0, cover > 0, :3] = (180, 90, 40)
-    rgba[0, ..., 3] = cover * 255
+    rgba = np.zeros((frames, 48, 48, 4), np.uint8)
+    person = np.full((frames, 48, 48), -1, np.int16)
+    keypoints = np.full((frames, people, 18, 2), np.nan)
+    for t in range(frames - 1):
+        for number in range(people):
+            cover = np.clip(9 - np.hypot(x - 14 - t - 18 * number, y - 24), 0, 1)
+            mine = (cover > 0) & (person[t] < 0)
+            rgba[t, mine, :3], rgba[t, mine, 3], person[t, mine] = (180, 90, 40), (cover[mine] * 255), number
+            middle = 14 + t + 18 * number
+            keypoints[t, number, :3] = (middle, 18), (middle, 22), (middle - 3, 22)
     rgba[rgba[..., 3] == 0] = 0
     depth = np.where(rgba[..., 3] > 0, 3 + x / 48, np.inf).astype(np.float32)
-    return rgba, depth
+    return Drawing(rgba, depth, person, keypoints)
 
 
-IDENTITY = Wardrobe(b"\1" * 32).identity("a")
+@pytest.mark.parametrize("kind", KINDS)
+def test_alpha_stays_as_rendered_and_the_avatar_is_redrawn(refiners, kind):
+    drawing = drawn()
+    out = refiners[kind](drawing, [ANN])
+    assert np.array_equal(out[..., 3], drawing.rgba[..., 3])
+    layers.check_layers(out, np.zeros_like(out[..., :3]), "clip")  # RGB is 0 where alpha is 0
+    assert not np.array_equal(out[0], drawing.rgba[0])
+    assert np.array_equal(out, refiners[kind](drawing, [ANN]))
 
 
-def test_alpha_is_kept_the_contract_holds_and_the_avatar_is_redrawn(refiner):
-    rgba, depth = drawn()
-    out = refiner(rgba, depth, IDENTITY)
-    assert np.array_equal(out[..., 3], rgba[..., 3])
-    layers.check_layers(out, np.zeros_like(out[..., :3]), "clip")
-    assert not np.array_equal(out[0], rgba[0])
-    assert not out[1].any()
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_scene_context_looks_at_the_scene(refiners, kind):
+    drawing = drawn()
+    dark, light = (np.full((3, 48, 48, 3), value, np.uint8) for value in (0, 255))
+    alone = refiners[kind](drawing, [ANN])
+    assert not np.array_equal(refiners[kind](drawing, [ANN], dark), refiners[kind](drawing, [ANN], light))
+    if kind != "wan_animate":  # which redraws the place of the avatar in a scene, else the whole picture
+        assert np.array_equal(alone, refiners[kind](drawing, [ANN], np.full_like(dark, layers.FILL)))
 
 
-def test_noise_and_prompt_follow_from_the_identity(refiner):
-    rgba, depth = drawn()
-    first = refiner(rgba, depth, IDENTITY)
-    assert np.array_equal(first, refiner(rgba, depth, IDENTITY))
-    assert not np.array_equal(first, refiner(rgba, depth, Wardrobe(b"\2" * 32).identity("a")))
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("sd", "depth"),
+        ("sdxl", "depth"),
+        ("wan_vace", "depth"),
+        ("sd_three", "keypoints"),
+        ("wan_animate", "keypoints"),
+    ],
+)
+def test_the_control_maps_matter(refiners, kind, what):
+    drawing = drawn()
+    turned = {
+        "depth": np.where(np.isfinite(drawing.depth), 7 - drawing.depth, np.inf),
+        "keypoints": drawing.keypoints[..., ::-1],
+    }
+    other = dataclasses.replace(drawing, **{what: turned[what]})
+    assert not np.array_equal(refiners[kind](drawing, [ANN]), refiners[kind](other, [ANN]))
 
 
-def test_only_the_scene_context_looks_at_the_scene(refiner):
-    rgba, depth = drawn()
-    dark, light = (np.full((2, 48, 48, 3), value, np.uint8) for value in (0, 255))
-    alone = refiner(rgba, depth, IDENTITY)
-    assert not np.array_equal(refiner(rgba, depth, IDENTITY, dark), refiner(rgba, depth, IDENTITY, light))
-    assert np.array_equal(alone, refiner(rgba, depth, IDENTITY, np.full_like(dark, layers.FILL)))
+def test_all_frames_get_the_same_noise_and_each_person_another(refiners):
+    """A still avatar is drawn alike in every frame: nothing of the model's own flickers."""
+    first = drawn(2)
+    still = Drawing(*(np.repeat(getattr(first, name)[:1], 4, 0) for name in ("rgba", "depth", "person", "keypoints")))
+    out = refiners["sd"](still, [ANN])
+    assert all(np.array_equal(frame, out[0]) for frame in out)
+    assert not np.array_equal(out, refiners["sd"](still, [BOB]))
 
 
-def test_the_control_map_matters(refiner):
-    rgba, depth = drawn()
-    turned = np.where(np.isfinite(depth), 7 - depth, np.inf)
-    assert not np.array_equal(refiner(rgba, depth, IDENTITY), refiner(rgba, turned, IDENTITY))
+def test_each_person_of_a_clip_has_a_prompt_and_colours_of_their_own():
+    """A backend that paints everything by the prompt: each pixel shows the one who is nearest there."""
+    asked = []
+
+    def backend(portrait):
+        asked.append(portrait)
+        return np.full_like(portrait.views, 50 * len(asked))
+
+    drawing = drawn(people=2)
+    refiner = Refiner(dataclasses.make_dataclass("Config", ["context", "size"])("none", 64), backend, ("depth",))
+    out = refiner(drawing, [ANN, BOB])
+    assert [portrait.prompt for portrait in asked] == [prompt(ANN), prompt(BOB)]
+    assert asked[0].seed != asked[1].seed
+    for number in (0, 1):
+        assert (out[drawing.person == number][:, :3] == 50 * (number + 1)).all()
+    assert len(asked[0].views) == 2  # nobody is seen in the last frame
+    assert all(portrait.places.mean((1, 2)).min() > 0.05 for portrait in asked)
+
+
+def test_half_covered_outlines_hold_nothing_of_the_ground():
+    """The ground of the model's picture is made green; none of it comes into the layer."""
+
+    def backend(portrait):
+        return np.where(portrait.places[..., None], portrait.views, np.uint8([0, 255, 0]))
+
+    drawing = drawn()
+    out = Refiner(dataclasses.make_dataclass("Config", ["context", "size"])("none", 64), backend, ())(drawing, [ANN])
+    covered = drawing.rgba[..., 3] > 0
+    assert ((drawing.rgba[..., 3] > 0) & (drawing.rgba[..., 3] < 255)).any()
+    assert np.abs(out[covered][:, :3].astype(int) - (180, 90, 40)).max() < 40
+
+
+def test_prompts_tell_of_the_identity_alone():
+    assert prompt(ANN) == prompt(WARDROBE.identity("ann")) != prompt(BOB)
+    assert "beard" not in prompt(dataclasses.replace(ANN, beard=False))
+    assert "and a beard" in prompt(dataclasses.replace(ANN, beard=True))
+    red = dataclasses.replace(ANN.top, colour=(0.62, 0.14, 0.17), pattern="stripe")
+    assert "a striped red and " in prompt(dataclasses.replace(ANN, top=red))
+
+
+def test_a_clip_longer_than_the_video_model_takes_goes_on_from_what_was_drawn(tiny):
+    """Wan VACE in stretches of 13: the second is given the last 5 frames of the first as they were drawn."""
+    backend = refine_video.Vace(VaceConfig(folder=tiny("vace"), steps=1, size=64, length=13))
+    given, draw = [], backend._drawn
+
+    def spy(video, mask, portrait):
+        given.append((video, mask))
+        return draw(video, mask, portrait)
+
+    backend._drawn = spy
+    drawing = drawn(18)
+    portraits = []
+    Refiner(backend.config, lambda portrait: portraits.append(portrait) or portrait.views, ("depth",))(drawing, [ANN])
+    redrawn = backend(portraits[0])
+    assert [len(video) for video, _ in given] == [13, 9]
+    assert np.array_equal(given[1][0][:5], redrawn[8:13])
+    assert not given[1][1][:5].any()
+    assert given[1][1][5:].any((1, 2, 3)).all()
+    assert redrawn.shape == portraits[0].views.shape
+
+
+def test_the_face_of_the_avatar_is_cut_out_where_it_is_seen():
+    seen = drawn()
+    portraits = []
+    small = dataclasses.make_dataclass("Config", ["context", "size"])("none", 64)
+    Refiner(small, lambda portrait: portraits.append(portrait) or portrait.views, ())(seen, [ANN])
+    faces = refine_video.faces(portraits[0], 16)
+    assert faces.shape == (2, 16, 16, 3)
+    assert np.abs(faces[:, 6:10, 6:10].astype(int) - (180, 90, 40)).max() < 20
+    hidden = dataclasses.replace(portraits[0], keypoints=np.full_like(portraits[0].keypoints, np.nan))
+    assert not refine_video.faces(hidden, 16).any()
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def test_it_is_off_by_default_and_chosen_by_type(tiny):
+    assert config.parse(AnonymizeConfig, ["--out", "x"], "anonymize").refine == NoRefinement()
+    options = ["--out", "x", "--refine.type", "wan_vace", "--refine.folder", tiny("vace"), "--refine.control", "pose"]
+    assert config.parse(AnonymizeConfig, options, "anonymize").refine == VaceConfig(folder=tiny("vace"), control="pose")
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, "no model_index.json"),
+        (lambda tiny: NoRefinement(context="scene"), "refine.context: scene without a refine.type"),
         (
-            lambda path: (path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}'),
-            "holds a FluxPipeline",
+            lambda tiny: ControlNetConfig(),
+            "refine.folder: missing, expected the folder of a saved StableDiffusionControl",
         ),
-        (lambda path: (path / "model_index.json").write_text("{"), "cannot be loaded"),
+        (lambda tiny: VaceConfig(folder="/nowhere"), "refine.folder: /nowhere: no model_index.json there"),
+        (lambda tiny: AnimateConfig(folder=tiny("vace")), "holds a WanVACEPipeline, expected a WanAnimatePipeline"),
+        (lambda tiny: ControlNetConfig(folder=tiny("sd_control"), controls=("face",)), "expected some of depth, canny"),
+        (lambda tiny: ControlNetConfig(folder=tiny("sd_control"), strength=0.0), "refine.strength: 0.0"),
         (
-            lambda path: (path / "model_index.json").write_text(
-                '{"_class_name": "StableDiffusionControlNetInpaintPipeline", "unet": ["diffusers", '
-                '"UNet2DConditionModel"]}'
-            ),
-            "cannot be loaded",
+            lambda tiny: ControlNetConfig(folder=tiny("sd_control"), steps=1),
+            "steps: 1 times strength 0.5 leaves no step",
+        ),
+        (lambda tiny: ControlNetConfig(folder=tiny("sd_control"), context="both"), "context"),
+        (lambda tiny: VaceConfig(folder=tiny("vace"), length=80), "expected 4n \\+ 1 frames"),
+        (lambda tiny: VaceConfig(folder=tiny("vace"), control="scribble"), "control"),
+        (
+            lambda tiny: ControlNetConfig(folder=tiny("sd_control"), controls=("depth", "canny")).load(),
+            "refine.controls: 2 for a pipeline of 1 ControlNets",
         ),
     ],
 )
-def test_a_folder_that_is_no_pipeline_is_one_clear_line(tmp_path, make, message):
-    make(tmp_path)
+def test_settings_that_will_not_do_are_one_clear_line(tiny, make, message):
     with pytest.raises(UserError, match=message) as error:
-        ControlNetRefiner(RefineConfig(folder=str(tmp_path)))
+        make(tiny)
     assert "\n" not in str(error.value)
 
 
-def test_number_of_controls_must_be_the_pipelines(folder):
-    with pytest.raises(UserError, match="2 for a pipeline of 1"):
-        ControlNetRefiner(RefineConfig(folder=folder, controls=("depth", "canny")))
-
-
-def test_config_refuses_nonsense():
-    with pytest.raises(UserError, match="scene"):
-        RefineConfig(context="scene")
-    with pytest.raises(UserError, match="controls"):
-        RefineConfig(controls=("pose",))
+@pytest.mark.parametrize(
+    ("name", "folder", "kind"),
+    [
+        ("refine_controlnet", "sd_control", ControlNetConfig),
+        ("refine_wan_vace", "vace", VaceConfig),
+        ("refine_wan_animate", "animate", AnimateConfig),
+    ],
+)
+def test_the_configs_that_come_with_the_project(tiny, name, folder, kind):
+    file = str(config.bundled(f"anonymize/{name}.yaml"))
+    options = ["--config_path", file, "--out", "x", "--refine.folder", tiny(folder)]
+    assert type(config.parse(AnonymizeConfig, options, "anonymize").refine) is kind
