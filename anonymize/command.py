@@ -30,8 +30,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from anonymize import sheets, video
-from anonymize.config import AnonymizeConfig
+from anonymize import sheets, video, weights
+from anonymize.config import AnonymizeConfig, AutoConfig
+from anonymize.people import EmbeddedConfig, FinderConfig
 from maskdp import __version__, atomic, config, layers, progress
 from maskdp.errors import UserError
 
@@ -318,6 +319,7 @@ def anonymize(paths: Sequence[str], settings: AnonymizeConfig) -> int:
     sources, problems = gather(paths, settings.dataset)
     if not sources:
         raise UserError("; ".join(problems) if problems else f"nothing to do\n{USAGE}")
+    settings = dataclasses.replace(settings, finder=_chosen(settings.finder))
     for problem in problems:
         print(f"maskdp anonymize: {problem}", file=sys.stderr)
     out = pathlib.Path(settings.out)
@@ -336,6 +338,21 @@ def anonymize(paths: Sequence[str], settings: AnonymizeConfig) -> int:
         counts = Counter(record["status"] for found in records.values() for record in found)
         _say(out, records, counts, written)
     return 1 if problems or counts["failed"] else 0
+
+
+def _chosen(finder: FinderConfig) -> FinderConfig:
+    """The finder that is meant; where that is left to us, one line says which it is and what that costs."""
+    chosen = finder.chosen()
+    if isinstance(finder, AutoConfig):
+        if isinstance(chosen, EmbeddedConfig):
+            line = (
+                f"embedded, as there are no weights in {weights.default_folder()} (maskdp weights fetch): outlines are "
+                "coarser, and clips of a moving camera are quarantined"
+            )
+        else:
+            line = f"models, with the weights in {chosen.folder}"
+        print(f"maskdp anonymize: finder: {line}", file=sys.stderr)
+    return chosen
 
 
 def _run(sources, settings: AnonymizeConfig, secret: bytes) -> dict[str, list[dict[str, Any]]]:

@@ -9,11 +9,13 @@ import numpy as np
 from anonymize.body import Body
 from anonymize.camera import Camera
 from anonymize.config import AvatarConfig, PipelineConfig
+from anonymize.depth import in_order
 from anonymize.fit import Fit, SilhouetteFitter
-from anonymize.people import EmbeddedFinder, PeopleFinder
+from anonymize.model_finder import ModelFinder, ModelsConfig
+from anonymize.people import EmbeddedFinder, FinderConfig, PeopleFinder
 from anonymize.refine import ControlNetRefiner
 from anonymize.removal import remove
-from anonymize.render import render
+from anonymize.render import Mesh, render
 from anonymize.wardrobe import Avatar, Wardrobe
 
 _CHUNK = 32  # frames posed at a time
@@ -55,12 +57,12 @@ class Anonymizer:
     Args:
         config: the settings.
         secret: what identities are drawn from.
-        finder: finds the people; the embedded one where None.
+        finder: finds the people; the one that `config.finder` chooses where None.
     """
 
     def __init__(self, config: PipelineConfig, secret: bytes, finder: PeopleFinder | None = None):
         self.config = config
-        self.finder = finder or EmbeddedFinder(config.finder)
+        self.finder = finder or _finder(config.finder.chosen())
         self.body = Body(config.avatar.model_path or None)
         self.wardrobe = Wardrobe(secret)
         self.fitter = SilhouetteFitter(self.body, config.fit)
@@ -87,10 +89,11 @@ class Anonymizer:
             return quarantined("no person found")
         removal = remove(frames, people, self.config.limits.max_blanked)
         blanked = int(removal.blanked.sum())
-        if removal.doubt:
-            return quarantined(removal.doubt, frames_blanked=blanked)
+        doubt = removal.doubt or people.seen_again(removal.frames)
+        if doubt:
+            return quarantined(doubt, frames_blanked=blanked)
 
-        camera = Camera.default(frames.shape[2], frames.shape[1])
+        camera = people.camera or Camera.default(frames.shape[2], frames.shape[1])
         keys = [identity_key(video, person.track_id, subjects, self.config.avatar) for person in people.persons]
         betas = [self.wardrobe.identity(key).betas for key in keys]
         fits = [self.fitter(person, camera, shape) for person, shape in zip(people.persons, betas)]
@@ -106,20 +109,34 @@ class Anonymizer:
         if not any(fit.ok.any() for fit in fits):
             return quarantined("nobody could be re-posed", **figures)
 
-        rgba, depth = render_public(fits, keys, camera, self.body, self.wardrobe, self.config.avatar.samples)
+        nearness = [person.nearness for person in people.persons]
+        rgba, depth = render_public(fits, keys, camera, self.body, self.wardrobe, self.config.avatar.samples, nearness)
         if self.refiner:
             ground = removal.frames if self.config.refine.context == "scene" else None
             rgba = self.refiner(rgba, depth, self.wardrobe.identity(keys[0]), ground)
         return found(rgba, removal.frames, None, **figures)
 
 
+def _finder(config: FinderConfig) -> PeopleFinder:
+    """The finder with these settings, its models loaded."""
+    return ModelFinder.load(config) if isinstance(config, ModelsConfig) else EmbeddedFinder(config)
+
+
 def render_public(
-    fits: Sequence[Fit], keys: Sequence[str], camera: Camera, body: Body, wardrobe: Wardrobe, samples: int = 2
+    fits: Sequence[Fit],
+    keys: Sequence[str],
+    camera: Camera,
+    body: Body,
+    wardrobe: Wardrobe,
+    samples: int = 2,
+    nearness: Sequence[np.ndarray | None] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """The public layer: avatar `keys[i]` in the poses `fits[i]` wherever these are `ok`, nearer ones over farther ones.
 
-    Guarantees: a function of poses, camera, keys, wardrobe and body model. No pixel of a source reaches it, nor any
-    shape, colour or light taken from one.
+    Where `nearness[i]` (T,) is known it decides who is nearer (`depth.in_order`), else the poses do.
+
+    Guarantees: a function of poses and their order, camera, keys, wardrobe and body model. No pixel of a source reaches
+    it, nor any shape, colour or light taken from one.
 
     Returns:
         rgba (T, H, W, 4) uint8, straight colour, and depth (T, H, W) float32 in metres, infinite where nothing is.
@@ -130,8 +147,10 @@ def render_public(
         part = slice(start, start + _CHUNK)
         meshes = [avatar.mesh(fit.pose[part]) for avatar, fit in zip(avatars, fits)]
         for t in range(len(fits[0].ok[part])):
-            shown = [mesh for mesh, fit in zip(meshes, fits) if fit.ok[start + t]]
-            rendering = render(shown, t, camera, samples)
+            shown = [i for i, fit in enumerate(fits) if fit.ok[start + t]]
+            pieces = [Mesh(meshes[i].vertices[t : t + 1], meshes[i].faces, meshes[i].colours) for i in shown]
+            order = [nearness[i][start + t] if nearness and nearness[i] is not None else np.nan for i in shown]
+            rendering = render(in_order(pieces, order, camera), 0, camera, samples)
             rgba.append(rendering.rgba)
             depth.append(rendering.depth)
     return np.stack(rgba), np.stack(depth)
