@@ -30,7 +30,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from anonymize import sheets, video, weights
+from anonymize import precomputed, sheets, video, weights
 from anonymize.config import AnonymizeConfig, AutoConfig
 from anonymize.people import EmbeddedConfig, FinderConfig
 from maskdp import __version__, atomic, config, layers, progress
@@ -155,13 +155,18 @@ class _Worker:
         done = self._work / f"{key}.json"
         try:
             state = {"source": video.sha256(source.path), "settings": self._fingerprint, "maskdp": __version__}
+            if self._settings.precomputed:
+                state["people"] = precomputed.digest(self._settings.precomputed, source.name)
             if done.exists():
                 finished = json.loads(done.read_text())
                 if finished["state"] == state:
                     return finished["clips"]
             done.unlink(missing_ok=True)
+            given = self._settings.precomputed and precomputed.Precomputed(
+                self._settings.precomputed, source.name, source.path
+            )
             records = [
-                self._clip(part, f"{key}-{number:03d}", key, state["source"], source)
+                self._clip(part, f"{key}-{number:03d}", key, state["source"], source, given)
                 for number, part in enumerate(self._parts(source.path))
             ]
         except UserError as error:
@@ -178,13 +183,22 @@ class _Worker:
             path, short_side=settings.short_side, max_frames=settings.max_frames, fps=settings.fps or None
         )
 
-    def _clip(self, part: video.Video, clip: str, key: str, digest: str, source: Source) -> dict[str, Any]:
+    def _clip(
+        self,
+        part: video.Video,
+        clip: str,
+        key: str,
+        digest: str,
+        source: Source,
+        given: precomputed.Precomputed | None,
+    ) -> dict[str, Any]:
         if self._anonymizer is None:
             from anonymize.pipeline import Anonymizer
 
             self._anonymizer = Anonymizer(self._settings, self._secret)
         start = time.monotonic()
-        result = self._anonymizer.clip(part.frames, part.fps, key, source.subjects)
+        people = given and given.people(part.frames, part.numbers)
+        result = self._anonymizer.clip(part.frames, part.fps, key, source.subjects, people)
         if result.status == "written":
             write_work(self._work / f"{clip}.npz", result.rgba, result.private)
             if self._settings.sheets != "none":

@@ -7,6 +7,7 @@ from anonymize import weights
 from anonymize.fit import FitConfig
 from anonymize.model_finder import ModelsConfig
 from anonymize.people import EmbeddedConfig, FinderConfig
+from anonymize.precomputed import PrecomputedConfig
 from anonymize.refine import RefineConfig
 from maskdp.config import fingerprint, one_of, positive
 from maskdp.errors import UserError
@@ -143,6 +144,11 @@ class AnonymizeConfig(PipelineConfig):
             raise UserError("--out: missing, expected a folder to write")
         one_of(self, "sheets", ("layers", "full", "none"))
         positive(self, "workers")
+
+    @property
+    def precomputed(self) -> PrecomputedConfig | None:
+        """The finder's settings where people come from files."""
+        return self.finder if isinstance(self.finder, PrecomputedConfig) else None
 
     @property
     def pipeline_fingerprint(self) -> str:

@@ -104,11 +104,14 @@ class ModelFinder:
         seen = self._look(frames)
         logits = self._tracks(frames, seen)
         claims = logits > 0
-        masks = claims & (logits.argmax(0) == np.arange(len(logits))[:, None, None, None])
+        foremost = logits.argmax(0) if len(logits) else -1
+        masks = claims & (foremost == np.arange(len(logits))[:, None, None, None])
         agreed, stray = _compare(seen, masks, config.sure)
         removal = grown(claims.any(0) | _boxes(seen, masks), margin, down=margin)
         persons = tuple(
-            self._person(number, frames, mask, looks, margin) for number, (mask, looks) in enumerate(zip(masks, agreed))
+            self._person(number, frames, mask, looks, margin)
+            for number, (mask, looks) in enumerate(zip(masks, agreed))
+            if mask.any()
         )
         if len(persons) > 1:
             persons = self._ordered(persons, frames, sorted(seen))
@@ -149,7 +152,8 @@ class ModelFinder:
         """One track with its joints. The outline is trusted where the look nearest in time agreed with it."""
         present = mask.mean((1, 2)) > LEAST_AREA
         boxes = np.full((len(mask), 4), np.nan, np.float32)
-        boxes[present] = [_box(m) for m in mask[present]]
+        for t in np.flatnonzero(present):
+            boxes[t] = _box(mask[t])
         joints = np.zeros((len(mask), 14, 3), np.float32)
         if present.any():
             joints[present] = self._joints(frames[present], boxes[present])

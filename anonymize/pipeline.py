@@ -12,7 +12,9 @@ from anonymize.config import AvatarConfig, PipelineConfig
 from anonymize.depth import in_order
 from anonymize.fit import Fit, SilhouetteFitter
 from anonymize.model_finder import ModelFinder, ModelsConfig
-from anonymize.people import EmbeddedFinder, FinderConfig, PeopleFinder
+from anonymize.people import EmbeddedFinder, FinderConfig, People, PeopleFinder, Person
+from anonymize.pose import Pose
+from anonymize.precomputed import PrecomputedConfig
 from anonymize.refine import ControlNetRefiner
 from anonymize.removal import remove
 from anonymize.render import Mesh, render
@@ -68,7 +70,9 @@ class Anonymizer:
         self.fitter = SilhouetteFitter(self.body, config.fit)
         self.refiner = ControlNetRefiner(config.refine) if config.refine.folder else None
 
-    def clip(self, frames: np.ndarray, fps: float, video: str, subjects: Sequence[str] = ()) -> ClipResult:
+    def clip(
+        self, frames: np.ndarray, fps: float, video: str, subjects: Sequence[str] = (), people: People | None = None
+    ) -> ClipResult:
         """Anonymizes one clip.
 
         Fails closed: whatever leaves a doubt that somebody might still be seen quarantines the clip; a person who
@@ -78,9 +82,10 @@ class Anonymizer:
             frames: (T, H, W, 3) uint8 RGB.
             video: the video's key.
             subjects: the people in it by name, where known.
+            people: where they are, if that is known already; None: the finder finds them.
         """
         total = len(frames)
-        people = self.finder.find(frames, fps)
+        people = people or self.finder.find(frames, fps)
         found = functools.partial(ClipResult, people=len(people.persons), frames=total, notes=people.notes)
         quarantined = functools.partial(found, None, None)
         if people.doubt:
@@ -96,7 +101,7 @@ class Anonymizer:
         camera = people.camera or Camera.default(frames.shape[2], frames.shape[1])
         keys = [identity_key(video, person.track_id, subjects, self.config.avatar) for person in people.persons]
         betas = [self.wardrobe.identity(key).betas for key in keys]
-        fits = [self.fitter(person, camera, shape) for person, shape in zip(people.persons, betas)]
+        fits = [_given(p) if p.pose else self.fitter(p, camera, shape) for p, shape in zip(people.persons, betas)]
         missing = np.any([person.present & ~fit.ok for person, fit in zip(people.persons, fits)], 0)
         overlaps = np.concatenate([fit.iou[np.isfinite(fit.iou)] for fit in fits])
         figures = {
@@ -117,9 +122,19 @@ class Anonymizer:
         return found(rgba, removal.frames, None, **figures)
 
 
-def _finder(config: FinderConfig) -> PeopleFinder:
-    """The finder with these settings, its models loaded."""
+def _finder(config: FinderConfig) -> PeopleFinder | None:
+    """The finder with these settings, its models loaded; None where people come from files."""
+    if isinstance(config, PrecomputedConfig):
+        return None
     return ModelFinder.load(config) if isinstance(config, ModelsConfig) else EmbeddedFinder(config)
+
+
+def _given(person: Person) -> Fit:
+    """The poses that came with a person, `ok` where the person is present and the pose is finite."""
+    arrays = person.pose.arrays()
+    finite = np.all([np.isfinite(values).all(1) for values in arrays.values()], 0)
+    pose = Pose(**{name: np.where(finite[:, None], values, 0) for name, values in arrays.items()})
+    return Fit(pose, person.present & finite, np.full(len(finite), np.nan, np.float32))
 
 
 def render_public(

@@ -22,10 +22,12 @@ class Video:
     Attributes:
         frames: (T, H, W, 3) uint8 RGB.
         fps: frames a second.
+        numbers: (T,) int, which frames of the file these are, from 0.
     """
 
     frames: np.ndarray
     fps: float
+    numbers: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,18 +158,20 @@ def clips(
     if max_frames < 1 or (short_side is not None and short_side < 2) or (fps is not None and not fps > 0):
         raise ValueError(f"clips: max_frames {max_frames}, short_side {short_side}, fps {fps}; expected 1, 2, above 0")
     frames: list[np.ndarray] = []
+    numbers: list[int] = []
     times: list[float] = []
     size = turns = None
     start, ticks = None, 0
 
     def clip() -> Video:
-        video = Video(np.stack(frames), _fps(times or [0.0], stream.average_rate))
+        video = Video(np.stack(frames), _fps(times or [0.0], stream.average_rate), np.array(numbers))
         frames.clear()
+        numbers.clear()
         times.clear()
         return video
 
     with _opened(path) as (container, stream):
-        for frame in _decode(path, container, stream):
+        for number, frame in enumerate(_decode(path, container, stream)):
             if size is None:
                 size, turns = _size(_sides(stream, frame), short_side), _quarter_turns(frame)
             if fps is not None and frame.time is not None:
@@ -177,6 +181,7 @@ def clips(
                 ticks = int((frame.time - start) * fps + 1e-3) + 1
             image = frame.reformat(*size, format="rgb24", interpolation="AREA").to_ndarray()
             frames.append(np.rot90(image, turns))
+            numbers.append(number)
             if frame.time is not None:
                 times.append(frame.time)
             if len(frames) == max_frames:

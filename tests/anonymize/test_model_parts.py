@@ -23,12 +23,6 @@ FRAMES = np.random.default_rng(0).integers(0, 256, (5, 48, 72, 3), np.uint8)
 SMOOTH = np.stack([np.add.outer(np.arange(48) * 2, np.arange(72) * 2)] * 3, -1).astype(np.uint8)[None]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    torch.set_num_threads(1)
-    return tiny_models.save(tmp_path_factory.mktemp("weights"))
-
-
 @pytest.mark.parametrize("family", ["rt_detr", "rt_detr_v2", "d_fine"])
 def test_detector_sees_what_the_library_sees(family, folder, tmp_path):
     """The same boxes and scores as the library's post-processing of its own forward pass over our input."""
@@ -243,7 +237,7 @@ def test_weights_that_leave_a_layer_at_random_are_refused(folder, tmp_path):
     weights = load_file(tmp_path / "depth" / "model.safetensors")
     weights.pop("head.conv3.weight")
     save_file(weights, tmp_path / "depth" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="1 weights of a depth_anything are missing, the first is head.conv3.weight"):
+    with pytest.raises(UserError, match=r"1 weights .* missing, the first is head\.conv3"):
         Depth(tmp_path)
 
 
@@ -252,7 +246,7 @@ def test_pickled_weights_are_never_loaded(folder, tmp_path):
     model = tiny_models.depth()
     torch.save(model.state_dict(), tmp_path / "depth" / "pytorch_model.bin")
     (tmp_path / "depth" / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="expected config.json and safetensors"):
+    with pytest.raises(UserError, match="no model here"):
         Depth(tmp_path)
     shutil.copy(folder / "keypoints" / "model.safetensors", tmp_path / "depth" / "other.safetensors")
     with pytest.raises(UserError, match="cannot be loaded"):
