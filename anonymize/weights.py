@@ -140,12 +140,15 @@ def fetch(folder: pathlib.Path) -> None:
     Raises:
         UserError: no connection, no such repository or commit, or a file that differs.
     """
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError
 
     for part, repository in PARTS.items():
         record = _record(folder)
-        if part in record and (folder / part).is_dir():
+        if (folder / part).is_dir():
+            if part not in record:
+                raise UserError(
+                    f"{folder / part}: is there, but {folder / RECORD} does not record it; move it away first"
+                )
             _checked(folder, part)
             print(f"{folder / part}: there already, {record[part]['repository']} at {record[part]['revision']}")
             continue
@@ -154,7 +157,7 @@ def fetch(folder: pathlib.Path) -> None:
             pins = _fetch_part(folder / part, pins)
         except UserError:
             raise
-        except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+        except (HTTPError, OSError, ValueError) as error:
             reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
             raise UserError(f"{pins['repository']}: cannot be fetched ({reason})") from None
         atomic.write_json(folder / RECORD, {**record, part: pins})
@@ -172,8 +175,6 @@ def _fetch_part(place: pathlib.Path, pins: dict[str, Any]) -> dict[str, Any]:
     wanted = sorted(filter_repo_objects(files, allow_patterns=list(_WANTED)))
     if not any(name.endswith(".safetensors") for name in wanted):
         raise UserError(f"{repository}: holds no safetensors at {info.sha}")
-    if place.is_dir():  # left by a broken-off fetch, which records last
-        shutil.rmtree(place)
     with atomic.folder(place) as aside:
         snapshot_download(repository, revision=info.sha, local_dir=aside, allow_patterns=wanted)
         shutil.rmtree(aside / ".cache", ignore_errors=True)
