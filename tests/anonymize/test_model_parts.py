@@ -35,15 +35,13 @@ def test_detector_sees_what_the_library_sees(family, folder, tmp_path):
     model = hf.AutoModelForObjectDetection.from_pretrained(place).eval()
     with torch.no_grad():
         out = model(pixel_values=detector.input(FRAMES))
+    out.logits[..., 0] = -100  # no chairs, or they take places among the library's best
     theirs = hf.RTDetrImageProcessor().post_process_object_detection(out, target_sizes=[(48, 72)] * 5, threshold=0.0)
-    compared = 0
     for mine, expected in zip(found, theirs):
-        people = expected["labels"] == 0  # the best of all queries and classes, so that fewer people may be among them
-        count = int(people.sum())
-        np.testing.assert_allclose(mine[:count, 4], expected["scores"][people], atol=1e-5)
-        np.testing.assert_allclose(mine[:count, :4], expected["boxes"][people], atol=1e-3)
-        compared += count
-    assert compared > 5
+        assert (expected["labels"] == 1).all()
+        np.testing.assert_allclose(mine[:, 4], expected["scores"], atol=1e-5)
+        np.testing.assert_allclose(np.sort(mine[:, :4], 0), np.sort(expected["boxes"], 0), atol=1e-3)
+    assert len(found[0]) == 10
     assert sum(map(len, detector(FRAMES, float(found[0][0, 4])))) < sum(map(len, found))
 
 

@@ -168,6 +168,12 @@ def test_rle_is_read_back(as_text):
         assert np.array_equal(decode_rle(encode_rle(mask, as_text)), mask)
 
 
+def test_rle_of_pycocotools_is_read():
+    mask = np.zeros((9, 7), bool)
+    mask[2:6, 1:5] = mask[0, 6] = True
+    assert np.array_equal(decode_rle({"size": [9, 7], "counts": ";45000007ML"}), mask)
+
+
 @pytest.mark.parametrize("code", [{"size": [2, 2], "counts": [3]}, {"size": [2, 2], "counts": [5, -1]}])
 def test_runs_that_do_not_fill_the_mask_are_refused(code):
     with pytest.raises(ValueError, match="runs of"):

@@ -19,7 +19,7 @@ def detector(family: str = "rt_detr") -> torch.nn.Module:
         decoder_in_channels=[32] * 3,
         encoder_attention_heads=2,
         decoder_attention_heads=2,
-        id2label={0: "person", 1: "chair"},
+        id2label={0: "chair", 1: "person"},
     )
     resnet = dict(
         embedding_size=10, hidden_sizes=[8, 16, 24, 32], depths=[1] * 4, out_features=["stage2", "stage3", "stage4"]
