@@ -13,7 +13,7 @@ import numpy as np
 from scipy.ndimage import median_filter
 
 from anonymize import cues, weights
-from anonymize.people import FinderConfig, People, Person, grown, iou
+from anonymize.people import FinderConfig, People, Person, cover, grown, iou
 from maskdp.config import positive
 from maskdp.errors import UserError
 
@@ -113,6 +113,8 @@ class ModelFinder:
             for number, (mask, looks) in enumerate(zip(masks, agreed))
             if mask.any()
         )
+        for person in persons:
+            cover(removal, person, margin)
         if len(persons) > 1:
             persons = self._ordered(persons, frames, sorted(seen))
         notes = {"removed": round(float(removal.mean()), 4), "looks": len(seen), **_figures(agreed, claims)}
@@ -230,6 +232,14 @@ def _agrees(mask: np.ndarray, box: np.ndarray) -> bool:
     return bool((spans[2] - spans[0]) * (spans[3] - spans[1]) > inside.size / 3)
 
 
+def _spans(outlined: np.ndarray, box: np.ndarray) -> bool:
+    """Whether what is outlined reaches from side to side of a detection, within a tenth: else a part may be missed."""
+    x0, y0, x1, y1 = box[:4].round().astype(int).clip(0)
+    inside = outlined[y0:y1, x0:x1]
+    spans = _box(inside) if inside.any() else np.zeros(4)
+    return bool((spans[2:] - spans[:2] >= 0.9 * np.array(inside.shape[::-1])).all())
+
+
 def _unexplained(people: np.ndarray, masks: np.ndarray, sure: float) -> np.ndarray:
     """The sure detections (M, 5) of a frame that no outline (P, H, W) of it agrees with."""
     alone = [p[4] >= sure and not any(_agrees(mask, p) for mask in masks) for p in people]
@@ -257,11 +267,13 @@ def _compare(seen: dict[int, np.ndarray], masks: np.ndarray, sure: float) -> tup
 
 
 def _boxes(seen: dict[int, np.ndarray], masks: np.ndarray) -> np.ndarray:
-    """(T, H, W) bool: whole boxes of detections that no outline agrees with, from the look before to the look after."""
+    """(T, H, W) bool: whole boxes of detections that no outline agrees with or that all outlines together do not span,
+    from the look before to the look after."""
     covered = np.zeros(masks.shape[1:], bool)
     looks = sorted(seen)
     for before, t, after in zip([0, *looks], looks, [*looks[1:], masks.shape[1] - 1]):
-        for box in _unexplained(seen[t], masks[:, t], 0.0):
+        loose = [p for p in seen[t] if not _spans(masks[:, t].any(0), p)]
+        for box in (*_unexplained(seen[t], masks[:, t], 0.0), *loose):
             (x0, y0), (x1, y1) = np.floor(box[:2]).astype(int).clip(0), np.ceil(box[2:4]).astype(int)
             covered[before : after + 1, y0:y1, x0:x1] = True
     return covered

@@ -162,7 +162,7 @@ class EmbeddedFinder:
         tracks, others = _tracks(votes, likely, moved, upright, cues.stirring(frames, fps), config, fps)
         removal = grown(likely | moved, margin, down=margin) | _whole(~known, margin)
         for track in tracks:
-            _cover(removal, track, margin)
+            cover(removal, track, margin)
         for track in (*tracks, *others):
             removal |= _lasting(frames, track, ~known, margin)
         _fill_holes(removal)
@@ -379,7 +379,7 @@ def _left_behind(background: np.ndarray, known: np.ndarray, margin: float) -> np
     return cues.dilated(large[labels], 2 * margin)
 
 
-def _cover(removal: np.ndarray, track: _Track, margin: float) -> None:
+def cover(removal: np.ndarray, track: "_Track | Person", margin: float) -> None:
     """Adds the convex hull of a person's outline, or the whole grown box where there is none that can be trusted."""
     for t in np.flatnonzero(track.present):
         if track.masks[t].any():

@@ -37,7 +37,7 @@ class Tracker:
         from transformers import Sam2VideoModel
 
         self.model = weights.load(folder, "tracker", Sam2VideoModel, KINDS)
-        side = self.model.config.vision_config.backbone_config.image_size[0]
+        side = int(np.max(self.model.config.image_size))
         read = ModelInput.read(folder / "tracker", size={"height": side, "width": side}, do_normalize=True, **IMAGENET)
         self.input = ModelInput(side, side, read.mean, read.std)
 

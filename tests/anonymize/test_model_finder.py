@@ -172,6 +172,19 @@ def test_a_faint_detection_is_removed_until_the_next_look_without_a_doubt():
     assert not covered[16:].any()
 
 
+def test_where_an_outline_leaves_out_a_part_of_a_detection_the_whole_of_it_is_removed():
+    """The tracker outlines people without their heads, arms and legs."""
+
+    def trunks(frames, start, boxes):
+        logits = follow(frames, start, boxes)
+        logits[:, :, :17] = logits[:, :, 42:] = -5
+        return logits
+
+    people = found(follow=trunks)
+    assert people.doubt is None
+    assert people.removal[VISIBLE.any(0)].all()
+
+
 @pytest.mark.parametrize(
     ("change", "doubt"),
     [
