@@ -274,7 +274,8 @@ def _boxes(seen: dict[int, np.ndarray], masks: np.ndarray) -> np.ndarray:
     for before, t, after in zip([0, *looks], looks, [*looks[1:], masks.shape[1] - 1]):
         loose = [p for p in seen[t] if not _spans(masks[:, t].any(0), p)]
         for box in (*_unexplained(seen[t], masks[:, t], 0.0), *loose):
-            (x0, y0), (x1, y1) = np.floor(box[:2]).astype(int).clip(0), np.ceil(box[2:4]).astype(int)
+            x0, y0 = np.floor(box[:2]).astype(int).clip(0)
+            x1, y1 = np.ceil(box[2:4]).astype(int).clip(0)
             covered[before : after + 1, y0:y1, x0:x1] = True
     return covered
 

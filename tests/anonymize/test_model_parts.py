@@ -95,7 +95,15 @@ def test_tracker_outlines_what_the_librarys_session_outlines(folder):
                     np.testing.assert_allclose(mine[out.frame_idx], full.clamp(-100, 100), atol=2e-2, rtol=2e-3)
                     seen.add(out.frame_idx)
         assert seen == set(range(5))
-    assert np.ptp(logits[:, start]) > 0
+    assert np.abs(logits[:, :-1] - logits[:, 1:]).mean() > 0.1  # the frames matter
+    assert np.abs(logits[0] - logits[1]).mean() > 0.1  # and so do the boxes
+
+
+def test_tracker_is_asked_in_the_coordinates_of_its_own_pictures(folder):
+    session = Tracker(folder)._session(FRAMES, 3, np.array([[0, 0, 72, 48], [36, 12, 72, 48]], np.float32))
+    asked = [session.point_inputs_per_obj[number][3] for number in (0, 1)]
+    assert [inputs["point_coords"].tolist() for inputs in asked] == [[[[[0, 0], [64, 64]]]], [[[[32, 16], [64, 64]]]]]
+    assert all(inputs["point_labels"].tolist() == [[[2, 3]]] for inputs in asked)  # SAM: upper left, lower right
 
 
 def test_keypoint_crops_are_the_librarys(folder):

@@ -141,10 +141,19 @@ PREPROCESSORS = {
 MEANS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 
+def lively(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with weights large enough that its pixels and prompts matter; at birth they hardly do."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=1.5 * parameter[0].numel() ** -0.5)
+    return model
+
+
 def save(folder: pathlib.Path) -> pathlib.Path:
     """A whole weights folder."""
     torch.manual_seed(0)
-    for part, make in (("detector", detector), ("tracker", tracker), ("keypoints", keypoints), ("depth", depth)):
-        make().save_pretrained(folder / part)
+    models = {"detector": detector(), **{p.__name__: lively(p()) for p in (tracker, keypoints, depth)}}
+    for part, model in models.items():
+        model.save_pretrained(folder / part)
         (folder / part / "preprocessor_config.json").write_text(json.dumps({**PREPROCESSORS[part], **MEANS}))
     return folder
