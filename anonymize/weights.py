@@ -68,6 +68,7 @@ def load(folder: pathlib.Path, part: str, model_class: type, kinds: tuple[str, .
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what matters of its reports is raised below, in one line
     _checked(folder, part)
     place = folder / part
     try:

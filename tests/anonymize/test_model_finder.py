@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from anonymize import cues, pipeline
+from anonymize import command, cues, pipeline
 from anonymize.config import AnonymizeConfig, AutoConfig, PipelineConfig
 from anonymize.model_finder import ModelFinder, ModelsConfig
 from anonymize.people import EmbeddedConfig
@@ -243,6 +243,20 @@ def test_auto_takes_models_where_all_weights_are_and_the_fingerprint_follows_the
     monkeypatch.setenv("MASKDP_WEIGHTS", str(tmp_path))
     (tmp_path / "detector").symlink_to(folder / "detector")
     assert isinstance(embedded.finder.chosen(), EmbeddedConfig)
+
+
+def test_auto_says_in_one_line_what_it_takes_and_what_that_costs(folder, monkeypatch, capfd):
+    command._chosen(EmbeddedConfig())
+    assert capfd.readouterr().err == ""
+    command._chosen(AutoConfig())
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    assert "embedded, as there are no weights in" in said
+    assert "maskdp weights fetch" in said
+    assert "quarantined" in said
+    monkeypatch.setenv("MASKDP_WEIGHTS", str(folder))
+    command._chosen(AutoConfig())
+    assert capfd.readouterr().err == f"maskdp anonymize: finder: models, with the weights in {folder}\n"
 
 
 def test_weights_that_were_named_must_be_there(tmp_path):

@@ -236,7 +236,7 @@ def test_a_folder_at_fault_is_one_clear_line(folder, tmp_path, part, model, spoi
     assert "\n" not in str(error.value)
 
 
-def test_weights_that_leave_a_layer_at_random_are_refused(folder, tmp_path):
+def test_weights_that_leave_a_layer_at_random_are_refused(folder, tmp_path, capfd):
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(folder / "depth", tmp_path / "depth")
@@ -245,6 +245,7 @@ def test_weights_that_leave_a_layer_at_random_are_refused(folder, tmp_path):
     save_file(weights, tmp_path / "depth" / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"1 weights .* missing, the first is head\.conv3"):
         Depth(tmp_path)
+    assert capfd.readouterr().err == ""
 
 
 def test_pickled_weights_are_never_loaded(folder, tmp_path):
