@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from anonymize import motions, video
+from anonymize import motions, precomputed, video
 from anonymize.body import Body
 from anonymize.camera import Camera
 from anonymize.precomputed import Precomputed, PrecomputedConfig, decode_rle
@@ -157,6 +157,19 @@ def test_masks_in_either_form_are_the_same_people(actor, tmp_path):
         assert np.array_equal(other.persons[0].masks, found[0].persons[0].masks)
         assert np.array_equal(other.removal, found[0].removal)
     assert found[0].persons[0].masks.any()
+
+
+@pytest.mark.parametrize(
+    ("width", "left", "right", "jaw"), [(66, 0, 0, 0), (72, 0, 0, 0), (156, 66, 111, 0), (165, 75, 120, 66)]
+)
+def test_each_width_of_poses_is_taken_apart_in_its_own_order(tmp_path, width, left, right, jaw):
+    """SMPL and SMPL-H: pelvis, body, hands; SMPL-X: pelvis, body, jaw, eyes, hands. What is not there is at rest."""
+    rows = np.arange(2 * width, dtype=np.float32).reshape(2, width)
+    np.savez(tmp_path / "1.npz", poses=rows, trans=np.ones((2, 3)))
+    pose = precomputed._read_poses(tmp_path / "1.npz")
+    assert np.array_equal(np.concatenate([pose.global_orient, pose.body_pose], 1), rows[:, :66])
+    for found, start in ((pose.left_hand_pose, left), (pose.right_hand_pose, right), (pose.jaw_pose, jaw)):
+        assert np.array_equal(found, rows[:, start : start + found.shape[1]] if start else np.zeros_like(found))
 
 
 @pytest.mark.parametrize("as_text", [True, False])
