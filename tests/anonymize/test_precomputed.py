@@ -1,5 +1,6 @@
 """Masks and poses from files through the real command, and one clear line for whatever does not fit the video."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -54,7 +55,7 @@ def actor():
     return pose, masks
 
 
-def give(place: pathlib.Path, masks: np.ndarray, pose=None, form: str = "png", **arrays) -> pathlib.Path:
+def give(place: pathlib.Path, masks: np.ndarray, pose=None, form: str = "png") -> pathlib.Path:
     """The folder of one video."""
     place.mkdir(parents=True)
     if form == "png":
@@ -68,7 +69,7 @@ def give(place: pathlib.Path, masks: np.ndarray, pose=None, form: str = "png", *
     if pose is not None:
         (place / "poses").mkdir()
         poses = np.concatenate([pose.global_orient, pose.body_pose, pose.left_hand_pose, pose.right_hand_pose], 1)
-        given = {"poses": poses, "trans": pose.transl, "betas": np.full(16, 9.0), "mocap_framerate": 10.0, **arrays}
+        given = {"poses": poses, "trans": pose.transl, "betas": np.full(16, 9.0), "mocap_framerate": 10.0}
         np.savez(place / "poses" / "3.npz", **given)
     return place
 
@@ -92,9 +93,9 @@ def test_masks_and_poses_lead_to_avatars_and_no_source_pixel_reaches_them(actor,
     The third frame has no pose, and so no avatar. What is given is part of the work that a re-run takes up.
     """
     pose, masks = actor
-    trans = pose.transl.copy()
-    trans[2] = np.nan
-    place = give(tmp_path / "given" / "a", masks, pose, "text", trans=trans)
+    body_pose = pose.body_pose.copy()
+    body_pose[2] = np.nan
+    place = give(tmp_path / "given" / "a", masks, dataclasses.replace(pose, body_pose=body_pose), "text")
     secret = tmp_path / "secret"
     secret.write_bytes(b"\5" * 32)
     options = ("--finder.folder", place.parent, "--wardrobe_secret", secret)
