@@ -187,6 +187,17 @@ def test_where_an_outline_leaves_out_a_part_of_a_detection_the_whole_of_it_is_re
     assert people.removal[VISIBLE.any(0)].all()
 
 
+def test_a_gap_within_an_outline_is_removed():
+    def belts(frames, start, boxes):
+        logits = follow(frames, start, boxes)
+        logits[:, :, 24:36] = -5
+        return logits
+
+    people = found(follow=belts)
+    assert people.doubt is None
+    assert people.removal[VISIBLE.any(0)].all()
+
+
 @pytest.mark.parametrize(
     ("change", "doubt"),
     [

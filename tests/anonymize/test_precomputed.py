@@ -108,6 +108,7 @@ def test_masks_and_poses_lead_to_avatars_and_no_source_pixel_reaches_them(actor,
     assert one.rgba.tobytes() == two.rgba.tobytes()
     assert not np.array_equal(one.private, two.private)
     assert one.rgba[..., 3].any((1, 2)).tolist() == [True, True, False, True, True, True]
+    assert json.loads((out / "manifest.jsonl").read_text())["frames_without_pose"] == 1
     posed = np.arange(FRAMES) != 2
     shown, there = one.rgba[posed, ..., 3] > 127, masks[posed]
     assert (shown & there).sum() > 0.6 * (shown | there).sum()  # the avatar's own shape, where the person was
