@@ -1,4 +1,4 @@
-"""`maskdp account`: the noise for an ε, or the ε of a noise, before anything is trained."""
+"""`maskdp account`: the noise for an ε, the ε of a noise, or how much training both allow, before any is done."""
 
 import dataclasses
 import json
@@ -13,13 +13,16 @@ from maskdp_jax.mechanism import Mechanism, calibrate
 class AccountConfig:
     """A training run as its privacy sees it.
 
+    Without `noise_multiplier` the least noise for `epsilon` is found; with both, the most steps or the largest batch,
+    whichever is not given.
+
     Attributes:
         n: records of the privacy unit.
         batch: expected private batch.
         epochs: length of the run, in passes over the records; or `steps`.
         steps: length of the run, in releases.
-        epsilon: the claim to find the least noise for; or `noise_multiplier`.
-        noise_multiplier: standard deviation of the noise over the clip norm, to find the claim of.
+        epsilon: the claim to keep to.
+        noise_multiplier: standard deviation of the noise over the clip norm.
         delta: of (ε, δ).
         objective: maskdp, maskdp_residual, maskdp_two_step, dp_sgd, public_only or sgd.
         adjacency: zero_out, replace or remove.
@@ -29,7 +32,7 @@ class AccountConfig:
     """
 
     n: int = 0
-    batch: int = 0
+    batch: int | None = None
     epochs: float | None = None
     steps: int | None = None
     epsilon: float | None = None
@@ -42,19 +45,30 @@ class AccountConfig:
     json: bool = False
 
     def __post_init__(self):
-        config.positive(self, "n", "batch")
-        if (self.epochs is None) == (self.steps is None):
+        config.positive(self, "n")
+        config.positive(self, *(name for name in ("batch", "steps", "epochs") if getattr(self, name) is not None))
+        if self.epochs is not None and self.steps is not None:
             raise UserError("epochs, steps: expected one of the two")
-        config.positive(self, "steps" if self.epochs is None else "epochs")
-        if self.objective not in ("sgd", "public_only") and (self.epsilon is None) == (self.noise_multiplier is None):
-            raise UserError("epsilon, noise_multiplier: expected one of the two")
+        private = self.objective not in ("sgd", "public_only")
+        given = [self.epsilon, self.noise_multiplier]
+        if private and given == [None, None]:
+            raise UserError(
+                "epsilon, noise_multiplier: expected one of the two, or both to find the steps or the batch"
+            )
+        missing = [name for name, value in (("steps", self.epochs or self.steps), ("batch", self.batch)) if not value]
+        if private and None not in given:
+            if len(missing) != 1 or (missing == ["batch"] and self.epochs):
+                raise UserError("epsilon, noise_multiplier: with both, expected just one of batch, steps")
+        elif missing:
+            raise UserError(f"{', '.join(missing)}: missing; epochs will do for steps")
 
     def mechanism(self) -> Mechanism:
-        """The mechanism described, its noise found if it was not given."""
+        """The mechanism described, what was not given found."""
+        steps = self.steps or (math.ceil(self.epochs * self.n / self.batch) if self.epochs else 1)
         mechanism = Mechanism(
             num_units=self.n,
-            batch_size=self.batch,
-            steps=self.steps or math.ceil(self.epochs * self.n / self.batch),
+            batch_size=self.batch or 1,
+            steps=steps,
             objective=self.objective,
             adjacency=self.adjacency,
             sampling=self.sampling,
@@ -63,7 +77,8 @@ class AccountConfig:
         )
         if self.epsilon is None or self.objective in ("sgd", "public_only"):
             return mechanism
-        return calibrate(mechanism, self.epsilon, self.delta)
+        found = "noise_multiplier" if self.noise_multiplier is None else "steps" if self.batch else "batch_size"
+        return calibrate(mechanism, self.epsilon, self.delta, found)
 
 
 def account(mechanism: Mechanism, delta: float) -> dict[str, float | int | str | None]:

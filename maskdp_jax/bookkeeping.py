@@ -2,120 +2,51 @@
 
 A large per-example gradient is nearly always the last product of the backward pass, `G = Σ_t a_t ⊗ δ_t`, perhaps
 transposed or reshaped, perhaps added to others. `factored_vmap` traces the function of *one* example, finds those
-products and stops short of them: it returns the factors `(a, δ)` of each large leaf, and the value of each small one.
+products and stops short of them: it keeps the factors `(a, δ)` of each large leaf, and the value of each small one.
 It then maps the shortened function over the examples with `jax.vmap`, so the example axis comes first by construction,
-whatever the sizes are. From the factors follow
+whatever the sizes are. From the factors follow the norms and the weighted sum (`factors.py`).
 
-* the squared norm `‖G_i‖²`: by Gram matrices, `Σ_{t,s} (a_t·a_s)(δ_t·δ_s)`, or by forming one leaf at a time;
-* the weighted sum `Σ_i c_i G_i`: one contraction over examples and positions, the cost of an ordinary weight gradient.
+Inside `scan` and `remat` the factors of one layer are alive only while that layer is at work; kept, they would undo
+what remat saves. There the norms are taken inside the body, and the weighted sum needs a second pass, in which each
+body contracts its own factors over the examples.
 
 No layer is registered anywhere. What is not understood is kept as a value: slower, and always correct.
-
-References: Bu et al., Differentially Private Optimization on Large Foundation Models (arXiv 2210.00038), book-keeping;
-Li et al., Large Language Models Can Be Strong Differentially Private Learners (arXiv 2110.05679), the Gram norm.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
+
+from maskdp_jax.factors import (
+    MOVES,
+    SUMS,
+    Bare,
+    Convolved,
+    Enclosed,
+    Linear,
+    Product,
+    Scaled,
+    Scattered,
+    Term,
+    Value,
+    bare,
+    squared_norm,
+)
 
 INLINED = frozenset({"jit", "pjit", "closed_call"})
 """Calls whose body may stand in their place. Every other sub-jaxpr stays whole."""
 
-MOVES = frozenset({"transpose", "reshape", "squeeze", "expand_dims", "copy", "copy_p", "convert_element_type"})
-"""Operations of one operand that move entries and change none (but in type): they keep the norm."""
-
 REMAT = frozenset({"checkpoint", "remat", "remat2"})
-
-SUMS = frozenset({"add", "add_any", "sub", "neg", "reduce_sum"})
 
 SMALL = 4096
 """Leaves of fewer entries than this are kept as values: forming them costs less than two contractions."""
-
-
-# --- What a leaf is made of -----------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Value:
-    """An array kept as it is, one for each example."""
-
-    var: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """`dot_general(lhs, rhs)`, left undone."""
-
-    lhs: Any
-    rhs: Any
-    numbers: tuple
-
-    def sizes(self) -> tuple[int, int, int, int]:
-        """Sizes of the product: batch b, contracted t, left m, right n; it has b·m·n entries."""
-        (contracted, _), (batch, _) = self.numbers
-        b = math.prod(self.lhs.aval.shape[i] for i in batch)
-        t = math.prod(self.lhs.aval.shape[i] for i in contracted)
-        return b, t, self.lhs.aval.size // (b * t), self.rhs.aval.size // (b * t)
-
-
-@dataclasses.dataclass(frozen=True)
-class Enclosed:
-    """An output of a `scan` or a `remat` body: its squared norm is taken inside the body, where its factors are alive.
-
-    It has no sum: take that from a reweighted backward pass.
-    """
-
-    var: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Linear:
-    """A linear operation (one of MOVES or SUMS) applied to terms."""
-
-    eqn: Any
-    terms: tuple
-
-
-@dataclasses.dataclass(frozen=True)
-class Scaled:
-    """A term times a number, or times a scalar that each example has one of."""
-
-    term: Any
-    factor: float | Any  # a number, or a variable
-
-
-Term = Value | Product | Enclosed | Linear | Scaled
-
-
-def _products(term: Term) -> list[Product]:
-    match term:
-        case Product():
-            return [term]
-        case Linear(_, terms):
-            return [product for part in terms for product in _products(part)]
-        case Scaled(inner, _):
-            return _products(inner)
-    return []
-
-
-def _kept(term: Term) -> list[Any]:
-    """The variables that `term` needs from the trace."""
-    match term:
-        case Value(var) | Enclosed(var):
-            return [var]
-        case Product(lhs, rhs, _):
-            return [lhs, rhs]
-        case Linear(_, terms):
-            return [var for part in terms for var in _kept(part)]
-        case Scaled(inner, factor):
-            return _kept(inner) + ([] if isinstance(factor, float) else [factor])
 
 
 # --- Reading a jaxpr ------------------------------------------------------------------------------------------------
@@ -134,6 +65,8 @@ class _Reader:
         self._inline(closed.jaxpr)
         self.made_by = {var: eqn for eqn in self.eqns for var in eqn.outvars}
         self.outvars = [self.resolve(var) for var in closed.jaxpr.outvars]
+        used = [atom for eqn in self.eqns for atom in eqn.invars] + self.outvars
+        self._uses = Counter(atom for atom in used if not isinstance(atom, core.Literal))
 
     def resolve(self, atom):
         while not isinstance(atom, core.Literal) and atom in self.same:
@@ -143,32 +76,18 @@ class _Reader:
     def _inline(self, jaxpr) -> None:
         for eqn in jaxpr.eqns:
             if eqn.primitive.name in INLINED:
-                inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
-                body = self._renamed(inner.jaxpr)
-                self.constants.update(zip(body.constvars, inner.consts))
-                self.same.update(zip(body.invars, eqn.invars))
-                self._inline(body)
-                self.same.update(zip(eqn.outvars, body.outvars))
+                self._replace(eqn, eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"])
+            elif (product := _of_patches(eqn)) is not None:
+                self._replace(eqn, product)
             else:
                 self.eqns.append(eqn.replace(invars=[self.resolve(atom) for atom in eqn.invars]))
 
-    def _renamed(self, jaxpr):
-        """The same jaxpr over new variables, since one body may be called more than once."""
-        names: dict[Any, Any] = {}
-
-        def new(atom):
-            if isinstance(atom, core.Literal | core.DropVar):
-                return atom
-            if atom not in names:
-                names[atom] = core.Var(atom.aval)
-            return names[atom]
-
-        def each(atoms):
-            return [new(atom) for atom in atoms]
-
-        eqns = [eqn.replace(invars=each(eqn.invars), outvars=each(eqn.outvars)) for eqn in jaxpr.eqns]
-        fields = {name: each(getattr(jaxpr, name)) for name in ("constvars", "invars", "outvars")}
-        return jaxpr.replace(eqns=eqns, **fields)
+    def _replace(self, eqn, inner: core.ClosedJaxpr) -> None:
+        body = _renamed(inner.jaxpr)
+        self.constants.update(zip(body.constvars, inner.consts))
+        self.same.update(zip(body.invars, eqn.invars))
+        self._inline(body)
+        self.same.update(zip(eqn.outvars, body.outvars))
 
     def term(self, atom) -> Term:
         """What `atom` is made of, as far as it is understood."""
@@ -176,23 +95,45 @@ class _Reader:
         eqn = None if isinstance(atom, core.Literal) else self.made_by.get(atom)
         if eqn is None:
             return Value(atom)
-        name = eqn.primitive.name
-        if name == "dot_general":
-            return Product(*eqn.invars, eqn.params["dimension_numbers"])
-        if name in MOVES or name in SUMS:
-            parts = tuple(self.term(operand) for operand in eqn.invars)
-            if any(_products(part) for part in parts) and all(part.aval.shape != () for part in eqn.invars):
-                return Linear(eqn, parts)
-        if name in ("mul", "div"):
-            scalars = [self._scalar(operand) for operand in eqn.invars]
-            if scalars[1] is not None and _products(inner := self.term(eqn.invars[0])):
-                if name == "mul":
-                    return Scaled(inner, scalars[1])
-                if isinstance(scalars[1], float):
-                    return Scaled(inner, 1.0 / scalars[1])
-            if name == "mul" and scalars[0] is not None and _products(inner := self.term(eqn.invars[1])):
-                return Scaled(inner, scalars[0])
+        name, params = eqn.primitive.name, eqn.params
+        match name:
+            case "dot_general":
+                return Product(*eqn.invars, params["dimension_numbers"])
+            case "conv_general_dilated" if params["feature_group_count"] == params["batch_group_count"] == 1:
+                return Convolved(*eqn.invars, eqn)
+            case "scatter-add" if self._adds_rows(eqn):
+                return Scattered(*eqn.invars[1:], eqn)
+            case "mul" | "div":
+                return self._scaled_term(eqn) or Value(atom)
+            case "scan" if eqn.outvars.index(atom) >= params["num_carry"] and self._uses[atom] == 1:
+                return Enclosed(atom)
+        if name in REMAT and self._uses[atom] == 1:
+            return Enclosed(atom)
+        if name in MOVES and self._keeps_norm(eqn):
+            inner = self.term(eqn.invars[0])
+            if inner.factored and (not _enclosed(inner) or self._uses[atom] == 1):
+                return Linear(eqn, (inner,))
+        if name in SUMS and all(operand.aval.shape for operand in eqn.invars):
+            parts = [self.term(operand) for operand in eqn.invars]
+            if name == "reduce_sum" and isinstance(parts[0], Product):
+                contracted = parts[0].with_batch_contracted(params["axes"])
+                return contracted or Linear(eqn, tuple(parts))
+            parts = [Value(self.resolve(a)) if _enclosed(part) else part for a, part in zip(eqn.invars, parts)]
+            if any(part.factored for part in parts):
+                return Linear(eqn, tuple(parts))
         return Value(atom)
+
+    def _scaled_term(self, eqn) -> Scaled | None:
+        """A factored term times (or over) a number or a scalar; None if `eqn` is anything else."""
+        for inner, other in (eqn.invars, eqn.invars[::-1]):
+            scalar, term = self._scalar(other), self.term(inner)
+            if scalar is None or not term.factored or _enclosed(term):
+                continue
+            if eqn.primitive.name == "mul":
+                return Scaled(term, scalar)
+            if isinstance(scalar, float) and other is eqn.invars[1]:
+                return Scaled(term, 1.0 / scalar)
+        return None
 
     def _scalar(self, atom):
         """The number or scalar variable that `atom` is, or is a broadcast of; None if it is neither."""
@@ -206,54 +147,126 @@ class _Reader:
             return self._scalar(eqn.invars[0])
         return None
 
-    def enclosed(self, var) -> Any | None:
-        """The output of a scan (stacked over its steps) or remat that `var` is, but for moves; None if it is neither.
+    def _keeps_norm(self, eqn) -> bool:
+        if eqn.primitive.name == "pad":
+            return self._scalar(eqn.invars[1]) == 0.0 and min(min(edges) for edges in eqn.params["padding_config"]) >= 0
+        return eqn.invars[0].aval.size == eqn.outvars[0].aval.size
 
-        It must be needed for nothing else, since its squared norm takes its place.
+    def _adds_rows(self, eqn) -> bool:
+        numbers = eqn.params["dimension_numbers"]
+        plain = not numbers.operand_batching_dims and not numbers.scatter_indices_batching_dims
+        return plain and self._scalar(eqn.invars[0]) == 0.0
+
+    def work_inside(self, leaves: Mapping[Any, int], weights: Any = None) -> None:
+        """Rewrites the bodies that make the variables of `leaves`, so that each gives something else in its place.
+
+        That is the squared norm (of each step), or with `weights`, a variable that holds one for each leaf, the
+        gradient times weight `leaves[var]`, summed over the examples.
         """
-        uses = [atom for eqn in self.eqns for atom in eqn.invars if atom is var] + [v for v in self.outvars if v is var]
-        eqn = self.made_by.get(var)
-        if eqn is None or len(uses) > 1:
-            return None
-        if eqn.primitive.name in MOVES:
-            return self.enclosed(eqn.invars[0])
-        if eqn.primitive.name in REMAT:
-            return var
-        if eqn.primitive.name == "scan" and eqn.outvars.index(var) >= eqn.params["num_carry"]:
-            return var
-        return None
-
-    def square_inside(self, leaves: Sequence[Any]) -> None:
-        """Rewrites the bodies that make `leaves` so that each gives the squared norm (of each step) in its place."""
         for position, eqn in enumerate(self.eqns):
-            inside = [i for i, var in enumerate(eqn.outvars) if var in leaves]
+            inside = {i: leaves[var] for i, var in enumerate(eqn.outvars) if var in leaves}
             if not inside:
                 continue
             body = eqn.params["jaxpr"]
             closed = body if isinstance(body, core.ClosedJaxpr) else core.ClosedJaxpr(body, ())
-            squared = _squared_outputs(closed, inside)
-            outvars = list(eqn.outvars)
+            rewritten = _rewritten(closed, inside, weights)
+            outvars, stacked = list(eqn.outvars), eqn.primitive.name == "scan"
             for i in inside:
-                steps = (eqn.params["length"],) if eqn.primitive.name == "scan" else ()
-                norm = core.Var(squared.out_avals[i].update(shape=steps))
-                self.same[eqn.outvars[i]] = norm
-                outvars[i] = norm
-            params = {**eqn.params, "jaxpr": squared if isinstance(body, core.ClosedJaxpr) else squared.jaxpr}
-            self.eqns[position] = eqn.replace(params=params, outvars=outvars)
+                made = rewritten.out_avals[i]
+                steps = (eqn.params["length"],) if stacked else ()
+                outvars[i] = self.same[eqn.outvars[i]] = core.Var(made.update(shape=(*steps, *made.shape)))
+            params = {**eqn.params, "jaxpr": rewritten if isinstance(body, core.ClosedJaxpr) else rewritten.jaxpr}
+            invars = eqn.invars if weights is None else [weights, *eqn.invars]
+            if stacked and weights is not None:
+                params["num_consts"] += 1
+                params |= {"linear": (False, *params["linear"])} if "linear" in params else {}
+            self.eqns[position] = eqn.replace(params=params, invars=invars, outvars=outvars)
 
-    def shortened(self, outvars: Sequence[Any]) -> core.ClosedJaxpr:
-        """The jaxpr that computes just `outvars`."""
+    def shortened(self, outvars: Sequence[Any], more: Sequence[Any]) -> core.ClosedJaxpr:
+        """The jaxpr that computes just `outvars`, from its inputs and then those of `more`."""
         needed, wanted = [], set(outvars)
         for eqn in reversed(self.eqns):
             if any(var in wanted for var in eqn.outvars):
                 needed.append(eqn)
                 wanted.update(atom for atom in eqn.invars if not isinstance(atom, core.Literal))
         constants = {var: value for var, value in self.constants.items() if var in wanted}
-        jaxpr = self.jaxpr.replace(constvars=list(constants), outvars=list(outvars), eqns=needed[::-1])
+        fields = {"constvars": list(constants), "invars": [*self.jaxpr.invars, *more], "outvars": list(outvars)}
+        debug_info = self.jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+        jaxpr = self.jaxpr.replace(**fields, eqns=needed[::-1], debug_info=debug_info)
         return core.ClosedJaxpr(jaxpr, list(constants.values()))
 
 
-# --- Gradients in factored form -------------------------------------------------------------------------------------
+def _renamed(jaxpr):
+    """The same jaxpr over new variables, since one body may be called more than once."""
+    names: dict[Any, Any] = {}
+
+    def new(atom):
+        if isinstance(atom, core.Literal | core.DropVar):
+            return atom
+        if atom not in names:
+            names[atom] = core.Var(atom.aval)
+        return names[atom]
+
+    def each(atoms):
+        return [new(atom) for atom in atoms]
+
+    eqns = [eqn.replace(invars=each(eqn.invars), outvars=each(eqn.outvars)) for eqn in jaxpr.eqns]
+    fields = {name: each(getattr(jaxpr, name)) for name in ("constvars", "invars", "outvars")}
+    return jaxpr.replace(eqns=eqns, **fields)
+
+
+def _of_patches(eqn) -> core.ClosedJaxpr | None:
+    """The kernel gradient of a convolution whose windows tile its input, as a product of patches; None otherwise."""
+    if eqn.primitive.name != "conv_general_dilated":
+        return None
+    params, (lhs, rhs), out = eqn.params, eqn.invars, eqn.outvars[0]
+    numbers, tile = params["dimension_numbers"], params["rhs_dilation"]
+    (left_batch, left_feature, *left), (_, right_in, *right) = numbers.lhs_spec, numbers.rhs_spec
+    grid = [rhs.aval.shape[i] for i in right]
+    tiles = (
+        params["feature_group_count"] == params["batch_group_count"] == 1
+        and set(params["window_strides"]) | set(params["lhs_dilation"]) == {1}
+        and not any(sum(params["padding"], ()))
+        and tuple(out.aval.shape[i] for i in numbers.out_spec[2:]) == tuple(tile)
+        and [lhs.aval.shape[i] for i in left] == [n * step for n, step in zip(grid, tile)]
+    )
+    if not tiles:
+        return None
+
+    def product(x, delta):
+        x = jnp.transpose(x, (left_feature, left_batch, *left))
+        sides = [side for pair in zip(grid, tile) for side in pair]
+        x = x.reshape(*x.shape[:2], *sides)  # feature, batch, then of each axis: which tile, where in it
+        which = tuple(range(2, x.ndim, 2))
+        made = jax.lax.dot_general(x, delta, (((0, *which), (right_in, *right)), ((), ())))
+        return jnp.transpose(made, _inverse((numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])))
+
+    return jax.make_jaxpr(product)(_like(lhs), _like(rhs))
+
+
+def _like(var) -> jax.ShapeDtypeStruct:
+    """Stands for the value of `var` in a trace, inside `shard_map` too."""
+    aval = var.aval
+    sharding = None if aval.sharding.mesh.empty else aval.sharding
+    options = {"weak_type": aval.weak_type, "sharding": sharding, "manual_axis_type": aval.manual_axis_type}
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, **options)
+
+
+def _inverse(permutation: Sequence[int]) -> list[int]:
+    return sorted(range(len(permutation)), key=permutation.__getitem__)
+
+
+def _enclosed(term: Term) -> Any | None:
+    """The variable of the scan or remat that `term` is an output of, but for moves; None if it is not."""
+    match term:
+        case Enclosed(var):
+            return var
+        case Linear(_, (inner,)):
+            return _enclosed(inner)
+    return None
+
+
+# --- Leaves ---------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,243 +274,174 @@ class Leaf:
     """One leaf of the per-example output: what it is made of, and how its norm is taken.
 
     Attributes:
-        norm: `value` (it exists), `gram` (from Gram matrices) or `form` (formed for all examples, squared, dropped).
+        norm: `value` (it exists), `gram` (from Gram matrices), `form` (formed for some examples at a time, squared,
+            dropped) or `inside` (in the body of its scan or remat).
         reason: why, for `explain`.
+        core: what Gram matrices are taken of.
     """
 
     term: Term
-    dtype: Any
+    aval: Any
     norm: str
     reason: str
+    core: Bare | None = None
+
+    def squares(self, arrays: Mapping[Any, Array]) -> Float[Array, " b"]:
+        """`‖G_i‖²`, float32 or wider."""
+        if self.norm == "gram":
+            found = self.core.core.gram(arrays) * self.core.number**2
+            for scale in self.core.scales:
+                found = found * jnp.square(arrays[scale].astype(found.dtype))
+            return found
+        if self.norm == "inside":
+            squares = arrays[_enclosed(self.term)]
+            return jnp.sum(squares, range(1, squares.ndim))
+        return squared_norm(self.term, arrays, self.aval.size)
 
 
-def _plan(reader: _Reader, var, small: int, enclose: bool) -> Leaf:
-    aval = var.aval
-    if aval.size < small:
-        return Leaf(Value(var), aval.dtype, "value", f"small ({aval.size} entries)")
+def _plan(reader: _Reader, var, small: int) -> Leaf:
+    aval, size = var.aval, var.aval.size
+    if size < small:
+        return Leaf(Value(var), aval, "value", f"small ({size} entries)")
     term = reader.term(var)
-    products = _products(term)
-    if not products:
+    if not term.factored:
         made_by = reader.made_by.get(var)
-        name = made_by.primitive.name if made_by else "no operation"
-        if enclose and (output := reader.enclosed(var)) is not None:
-            return Leaf(Enclosed(output), aval.dtype, "inside", "squared inside its scan or remat")
-        return Leaf(Value(var), aval.dtype, "value", f"made by {name}")
-    factor_entries = sum(b * t * (m + n) for b, t, m, n in (product.sizes() for product in products))
-    if len(products) == 1 and factor_entries >= 2 * aval.size:
-        return Leaf(Value(var), aval.dtype, "value", f"its factors have {factor_entries} entries, itself {aval.size}")
-    if (single := _stripped(term)) is None:
-        return Leaf(term, aval.dtype, "form", f"a sum ({len(products)} products): Gram norms would cancel")
-    _, t, m, n = single.sizes()
-    if t * (m + n) < m * n:
-        return Leaf(term, aval.dtype, "gram", f"{t} positions, {m} by {n}")
-    return Leaf(term, aval.dtype, "form", f"{t} positions, {m} by {n}: Gram matrices would cost more")
+        return Leaf(Value(var), aval, "value", f"made by {made_by.primitive.name if made_by else 'no operation'}")
+    if _enclosed(term):
+        return Leaf(term, aval, "inside", "where its scan or remat is at work")
+    if term.entries >= 2 * size:
+        return Leaf(Value(var), aval, "value", f"its factors have {term.entries} entries, itself {size}")
+    if (found := bare(term)) is None:
+        return Leaf(term, aval, "form", "a convolution or a sum of unlike products")
+    if found.core.gram_is_cheaper():
+        return Leaf(term, aval, "gram", f"{type(found.core).__name__.lower()} of {term.entries} entries", found)
+    return Leaf(term, aval, "form", "Gram matrices would cost more")
 
 
-def _squared_outputs(closed: core.ClosedJaxpr, positions: Sequence[int]) -> core.ClosedJaxpr:
-    """`closed` with the squared norm of each output at `positions` in that output's place."""
-    invars = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=v.aval.weak_type) for v in closed.jaxpr.invars]
+def _evaluate(
+    reader: _Reader, leaves: Iterable[Leaf], others: Sequence[Any], args, weights: Array | None = None
+) -> dict[Any, Array]:
+    """The value of every variable that the leaves and the other outputs need, for one example.
 
-    def squared(*args):
-        reader = _Reader(closed)
-        leaves = {i: _plan(reader, reader.outvars[i], 1, True) for i in positions}
-        values = _evaluate(reader, leaves.values(), [v for i, v in enumerate(reader.outvars) if i not in leaves], args)
-        outputs = []
-        for i, var in enumerate(reader.outvars):
-            if i in leaves:
-                alone = {name: value[None] for name, value in values.items()}
-                outputs.append(_squared_norm(leaves[i], alone)[0])
-            else:
-                outputs.append(_read(var, values))
-        return outputs
-
-    return jax.make_jaxpr(squared)(*invars)
-
-
-def _evaluate(reader: _Reader, leaves, others: Sequence[Any], args) -> dict[Any, Array]:
-    """The value of every variable that the leaves and the other outputs need, for one example."""
+    Of enclosed leaves it is what `work_inside` puts in their place; weight k is for leaf k.
+    """
     leaves = list(leaves)
-    reader.square_inside([leaf.term.var for leaf in leaves if isinstance(leaf.term, Enclosed)])
-    wanted = [atom for leaf in leaves for atom in _kept(leaf.term)] + list(others)
+    inside = {var: k for k, leaf in enumerate(leaves) if (var := _enclosed(leaf.term))}
+    weights_var = None if weights is None else core.Var(jax.typeof(weights))
+    reader.work_inside(inside, weights_var)
+    wanted = [atom for leaf in leaves for atom in leaf.term.kept] + list(others)
     names = list(dict.fromkeys(atom for atom in wanted if not isinstance(atom, core.Literal)))
     made = [reader.resolve(name) for name in names]
-    return dict(zip(names, core.jaxpr_as_fun(reader.shortened(made))(*args)))
+    more = () if weights is None else (weights,)
+    jaxpr = reader.shortened(made, () if weights is None else (weights_var,))
+    return dict(zip(names, core.jaxpr_as_fun(jaxpr)(*args, *more)))
 
 
-def _read(atom, values: dict[Any, Array]) -> Array:
+def _rewritten(closed: core.ClosedJaxpr, inside: Mapping[int, int], weights: Any) -> core.ClosedJaxpr:
+    """`closed` with something else for each output in `inside`; see `_Reader.work_inside`."""
+    avals = [_like(var) for var in closed.jaxpr.invars]
+
+    def body(*args):
+        weight, args = (None, args) if weights is None else (args[0], args[1:])
+        reader = _Reader(closed)
+        leaves = {i: _plan(reader, reader.outvars[i], 1) for i in inside}
+        others = [var for i, var in enumerate(reader.outvars) if i not in leaves]
+        own = None if weight is None else jnp.stack([weight[k] for k in inside.values()])
+        values = _evaluate(reader, leaves.values(), others, args, own)
+        outputs = [_read(var, values) if i not in leaves else None for i, var in enumerate(reader.outvars)]
+        for k, (i, leaf) in enumerate(leaves.items()):
+            if weight is None:
+                outputs[i] = leaf.squares({name: value[None] for name, value in values.items()})[0]
+            else:
+                outputs[i] = _summed(leaf.term, values, own[k])
+        return outputs
+
+    return jax.make_jaxpr(body)(*([] if weights is None else [_like(weights)]), *avals)
+
+
+def _summed(term: Term, values: Mapping[Any, Array], weight: Array) -> Array:
+    """`weight · G` of one example; mapped over examples by `vmap` it is their sum, in one contraction."""
+    if _enclosed(term):
+        return _moved(term, values)
+    names = tuple(dict.fromkeys(term.kept))
+
+    @jax.custom_batching.custom_vmap
+    def total(weight, *kept):
+        formed = term.form(dict(zip(names, kept)))
+        return formed * weight.astype(formed.dtype)
+
+    @total.def_vmap
+    def _(size, batched, weight, *kept):
+        weight, *kept = (
+            array if mapped else jnp.broadcast_to(array, (size, *array.shape))
+            for array, mapped in zip((weight, *kept), batched)
+        )
+        return term.contract(dict(zip(names, kept)), weight, weight == 0), False
+
+    return total(weight, *(values[name] for name in names))
+
+
+def _moved(term: Term, values: Mapping[Any, Array]) -> Array:
+    """The moves of an enclosed term, applied to the sum that stands in the place of its variable."""
+    match term:
+        case Enclosed(var):
+            return values[var]
+        case Linear(_, (inner,)):
+            return term.apply([_moved(inner, values)])
+    raise AssertionError(term)
+
+
+def _read(atom, values: Mapping[Any, Array]) -> Array:
     return jnp.asarray(atom.val, atom.aval.dtype) if isinstance(atom, core.Literal) else values[atom]
 
 
-def _stripped(term: Term) -> Product | None:
-    """The product that `term` is, but for moves, signs and scales; None if it is more than that."""
-    match term:
-        case Product():
-            return term
-        case Linear(eqn, (inner,)) if eqn.primitive.name in MOVES or eqn.primitive.name == "neg":
-            return _stripped(inner)
-        case Scaled(inner, _):
-            return _stripped(inner)
-    return None
+# --- Gradients in factored form -------------------------------------------------------------------------------------
 
 
 class Factored:
-    """Per-example arrays `G_i`, one pytree leaf each, kept in factored form.
+    """Per-example arrays `G_i`, the leaves of a pytree, kept in factored form. Made by `factored_vmap`.
 
-    Made by `factored_vmap`. `arrays` maps each kept variable to its value with the example axis first.
+    Attributes:
+        leaves: what each is made of.
+        tree: the structure.
     """
 
-    def __init__(self, leaves: list[Leaf], arrays: dict[Any, Array], tree):
-        self.leaves, self.arrays, self.tree = leaves, arrays, tree
-
-    @property
-    def has_sums(self) -> bool:
-        """Whether `weighted_sum` can be had."""
-        return not any(isinstance(leaf.term, Enclosed) for leaf in self.leaves)
+    def __init__(self, leaves: list[Leaf], tree, arrays: dict[Any, Array], again: Callable | None):
+        self.leaves, self.tree, self._arrays, self._again = leaves, tree, arrays, again
 
     def squared_norms(self) -> list[Float[Array, " b"]]:
         """`‖G_i‖²` of each leaf, float32 or wider; by Gram matrices never less than that by rounding."""
-        return [_squared_norm(leaf, self.arrays) for leaf in self.leaves]
+        return [leaf.squares(self._arrays) for leaf in self.leaves]
 
-    def weighted_sum(self, weights: Float[Array, " b"], dtype: Any = None) -> PyTree:
-        """`Σ_i weights_i G_i`, summed in float32 or wider; returned as `dtype`, or each leaf in its own type.
+    def weighted_sum(
+        self, weights: Sequence[Float[Array, " b"]], dropped: Bool[Array, " b"] | None = None
+    ) -> list[Array]:
+        """`Σ_i weights[k]_i G_i` of the first leaves k, one for each of `weights`, float32 or wider.
 
-        A weight of 0 takes an example out only where its factors are finite: `drop` the others first.
+        Args:
+            weights: for each leaf one weight an example; 0 where `dropped`.
+            dropped: examples that add exactly 0 whatever they hold; without it a weight of 0 takes an example out only
+                where it is finite.
         """
-        sums = [_contract(leaf.term, self.arrays, weights).astype(dtype or leaf.dtype) for leaf in self.leaves]
-        return jax.tree.unflatten(self.tree, sums)
-
-    def drop(self, dropped: Array) -> "Factored":
-        """The same with every factor of the examples marked in `dropped` (b,) set to exactly 0, whatever it was."""
-
-        def zero(array):
-            return jnp.where(dropped.reshape(-1, *[1] * (array.ndim - 1)), jnp.zeros_like(array), array)
-
-        return Factored(self.leaves, {var: zero(array) for var, array in self.arrays.items()}, self.tree)
+        leaves, arrays = self.leaves[: len(weights)], self._arrays
+        if any(_enclosed(leaf.term) for leaf in leaves):
+            leaves, arrays = self._again(jnp.stack(weights, 1))
+        return [
+            _moved(leaf.term, arrays) if _enclosed(leaf.term) else leaf.term.contract(arrays, weight, dropped)
+            for leaf, weight in zip(leaves, weights)
+        ]
 
     def explain(self) -> PyTree:
         """For each leaf one line: how its norm is taken, and why."""
         return jax.tree.unflatten(self.tree, [f"{leaf.norm}: {leaf.reason}" for leaf in self.leaves])
 
 
-def _wide(dtype) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def _squared_norm(leaf: Leaf, arrays) -> Array:
-    if leaf.norm == "gram":
-        return _gram(leaf.term, arrays)
-    if leaf.norm == "inside":
-        squares = arrays[leaf.term.var]
-        return jnp.sum(squares.reshape(len(squares), -1), 1)
-    names = list(dict.fromkeys(_kept(leaf.term)))
-
-    def one(*example):
-        return jnp.sum(jnp.square(_form(leaf.term, dict(zip(names, example)))))
-
-    return jax.vmap(one)(*(arrays[name] for name in names))
-
-
-def _gram(term: Term, arrays) -> Array:
-    match term:
-        case Product(lhs, rhs, ((lc, rc), (lb, rb))):
-            left = _self_products(_positions_last(arrays[lhs], lb, lc))
-            right = _self_products(_positions_last(arrays[rhs], rb, rc))
-            # Where the terms of Σ_t a_t ⊗ δ_t cancel, rounding can hide most of the norm; (Σ‖a‖²)(Σ‖δ‖²) bounds the
-            # squared terms, so this slack keeps an example from passing for small.
-            slack = jnp.trace(left, axis1=2, axis2=3) * jnp.trace(right, axis1=2, axis2=3)
-            return jnp.sum(left * right, (1, 2, 3)) + 4 * jnp.finfo(left.dtype).eps * jnp.sum(slack, 1)
-        case Scaled(inner, factor):
-            scale = factor if isinstance(factor, float) else arrays[factor].astype(jnp.float32)
-            return _gram(inner, arrays) * scale**2
-        case Linear(_, (inner,)):
-            return _gram(inner, arrays)
-    raise AssertionError(term)
-
-
-def _positions_last(array, batch, contracted) -> Array:
-    """(examples, batch, positions, features) of one operand of a product."""
-    free = [i for i in range(array.ndim - 1) if i not in batch and i not in contracted]
-    array = jnp.transpose(array, [0, *(i + 1 for i in (*batch, *contracted, *free))])
-    sizes = [math.prod(array.shape[1 + a : 1 + b]) for a, b in _spans(len(batch), len(contracted), len(free))]
-    return array.reshape(array.shape[0], *sizes)
-
-
-def _spans(*lengths: int) -> list[tuple[int, int]]:
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    return [(start, start + length) for start, length in zip(starts, lengths)]
-
-
-def _self_products(array) -> Array:
-    return jnp.einsum(
-        "ebtd,ebsd->ebts",
-        array,
-        array,
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=_wide(array.dtype),
-    )
-
-
-def _form(term: Term, example) -> Array:
-    """The leaf of one example, in float32 or wider."""
-    match term:
-        case Value(var):
-            return example[var].astype(_wide(example[var].dtype))
-        case Product(lhs, rhs, numbers):
-            return jax.lax.dot_general(
-                example[lhs],
-                example[rhs],
-                numbers,
-                precision=jax.lax.Precision.HIGHEST,
-                preferred_element_type=_wide(example[lhs].dtype),
-            )
-        case Scaled(inner, factor):
-            return _form(inner, example) * (factor if isinstance(factor, float) else example[factor])
-        case Linear(eqn, terms):
-            return _apply(eqn, [_form(part, example) for part in terms])
-    raise AssertionError(term)
-
-
-def _contract(term: Term, arrays, weights) -> Array:
-    """`Σ_i weights_i G_i` of one leaf, in float32 or wider."""
-    match term:
-        case Value(var):
-            array = arrays[var]
-            return jnp.tensordot(weights.astype(_wide(array.dtype)), array.astype(_wide(array.dtype)), 1)
-        case Product(lhs, rhs, ((lc, rc), (lb, rb))):
-            left, right = (array.astype(_wide(array.dtype)) for array in (arrays[lhs], arrays[rhs]))
-            if left.size <= right.size:
-                left = _scale(left, weights)
-            else:
-                right = _scale(right, weights)
-            examples_too = [(0, *(i + 1 for i in axes)) for axes in (lc, rc)]
-            numbers = examples_too, [tuple(i + 1 for i in axes) for axes in (lb, rb)]
-            return jax.lax.dot_general(left, right, numbers, precision=jax.lax.Precision.HIGHEST)
-        case Scaled(inner, factor):
-            return _contract(inner, arrays, weights * (factor if isinstance(factor, float) else arrays[factor]))
-        case Linear(eqn, terms):
-            return _apply(eqn, [_contract(part, arrays, weights) for part in terms])
-    raise AssertionError(term)
-
-
-def _scale(array, weights) -> Array:
-    return array * weights.astype(array.dtype).reshape(-1, *[1] * (array.ndim - 1))
-
-
-def _apply(eqn, operands: list[Array]) -> Array:
-    """The linear operation of `eqn`, but without a conversion to a narrower type."""
-    if eqn.primitive.name == "convert_element_type":
-        return operands[0]
-    return eqn.primitive.bind(*operands, **eqn.params)
-
-
-def factored_vmap(fun: Callable, in_axes: Sequence[int | None], *, enclose: bool = False) -> Callable:
+def factored_vmap(fun: Callable, *, spmd_axis_name: Any = None) -> Callable:
     """`jax.vmap(fun)` whose first output stays factored.
 
     Args:
         fun: maps the arguments of one example to `(tree, aux)`.
-        in_axes: for each positional argument, 0 (an example axis comes first) or None.
-        enclose: take the norm of a leaf that a scan or remat makes inside that body. Such a leaf has a norm but no
-            `weighted_sum` (`Factored.has_sums` is false); without it, such a leaf is kept as a value.
+        spmd_axis_name: of `jax.vmap`.
 
     Returns:
         A function of the batched arguments that returns `(Factored, aux)`, `aux` with the example axis first.
@@ -506,21 +450,55 @@ def factored_vmap(fun: Callable, in_axes: Sequence[int | None], *, enclose: bool
         NotImplementedError: `fun` has effects such as `jax.debug.print`, which a shortened function would lose.
     """
 
+    def read(example):
+        closed, (tree, aux) = jax.make_jaxpr(fun, return_shape=True)(*example)
+        reader, (shapes, structure) = _Reader(closed), jax.tree.flatten(tree)
+        leaves = [_plan(reader, var, SMALL) for var in reader.outvars[: len(shapes)]]
+        return reader, leaves, structure, aux
+
     def mapped(*args):
         plan: dict[str, Any] = {}
 
-        def one(*example):
-            closed, (tree, aux) = jax.make_jaxpr(fun, return_shape=True)(*example)
-            reader = _Reader(closed)
-            shapes, structure = jax.tree.flatten(tree)
-            leaves = [_plan(reader, var, SMALL, enclose) for var in reader.outvars[: len(shapes)]]
-            others = reader.outvars[len(shapes) :]
+        def factors(*example):
+            reader, leaves, structure, aux = read(example)
+            others = reader.outvars[len(leaves) :]
             values = _evaluate(reader, leaves, others, jax.tree.leaves(example))
-            plan.update(leaves=leaves, tree=structure, names=list(values))
+            plan["factors"] = leaves, structure, list(values)
             outputs = [_read(var, values) for var in others]
             return list(values.values()), jax.tree.unflatten(jax.tree.structure(aux), outputs)
 
-        arrays, aux = jax.vmap(one, in_axes=tuple(in_axes))(*args)
-        return Factored(plan["leaves"], dict(zip(plan["names"], arrays)), plan["tree"]), aux
+        def sums(weights, *example):
+            reader, leaves, *_ = read(example)
+            leaves = leaves[: len(weights)]
+            values = _evaluate(reader, leaves, (), jax.tree.leaves(example), weights)
+            inside = {var for leaf in leaves if (var := _enclosed(leaf.term))}
+            plan["sums"] = (
+                leaves,
+                [var for var in values if var in inside],
+                [var for var in values if var not in inside],
+            )
+            return tuple([values[var] for var in names] for names in plan["sums"][1:])
+
+        def again(weights: Float[Array, "b leaves"]) -> tuple[list[Leaf], dict[Any, Array]]:
+            made = jax.vmap(sums, out_axes=(None, 0), spmd_axis_name=spmd_axis_name)(weights, *args)
+            leaves, *names = plan["sums"]
+            return leaves, dict(zip(itertools.chain(*names), itertools.chain(*made)))
+
+        arrays, aux = jax.vmap(factors, spmd_axis_name=spmd_axis_name)(*args)
+        leaves, structure, names = plan["factors"]
+        return Factored(leaves, structure, dict(zip(names, arrays)), again), aux
+
+    return mapped
+
+
+def formed_vmap(fun: Callable, *, spmd_axis_name: Any = None) -> Callable:
+    """`factored_vmap` that forms every leaf: `jax.vmap`, in the same clothes."""
+
+    def mapped(*args):
+        tree, aux = jax.vmap(fun, spmd_axis_name=spmd_axis_name)(*args)
+        arrays, structure = jax.tree.flatten(tree)
+        variables = [core.Var(jax.typeof(array).update(shape=array.shape[1:])) for array in arrays]
+        leaves = [Leaf(Value(var), var.aval, "value", "asked for") for var in variables]
+        return Factored(leaves, structure, dict(zip(variables, arrays)), None), aux
 
     return mapped

@@ -1,138 +1,342 @@
-"""Per-example clipping: Σ_i min(1, C/‖g_i‖) · g_i, with the norms.
+"""Per-example clipping: Σ_i min(1, C/‖g_i‖) · g_i, without forming the g_i that are large.
 
-`clipped_sum` takes any per-example vector (a gradient, the difference of two, a mean over clips); `clipped_grad` has
-the call shape of `jax_privacy.clipping.clipped_grad`.
+`clipped_fun` takes any function of one example (a gradient, the difference of two, a mean over clips), `clipped_grad` a
+loss. Both have the call shape of `jax_privacy.clipping`'s functions of those names and can stand in their place.
 """
 
+import dataclasses
 import functools
+import math
+import numbers
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32
+from jax_privacy.clipping import AuxiliaryOutput, BoundedSensitivityCallable
+from jaxtyping import Array, Bool, Float, PyTree
 
-from maskdp_jax.bookkeeping import factored_vmap
+from maskdp_jax.bookkeeping import Factored, factored_vmap, formed_vmap
 
-_ROUNDING = 1 - 1e-5  # float32 norms are good to about 1e-6; the margin keeps the true norm of a term within C
+Method = Literal["auto", "bookkeeping", "vmap"]
+
+_ROUNDING = 5e-6  # float32 norms are good to about 1e-6; the margin keeps the true norm of a term within C
 
 
-def clipped_sum(
-    grad_fn: Callable[[Any, Any], Any],
-    params: Any,
-    batch: Any,
+@dataclasses.dataclass(frozen=True)
+class Clipped(BoundedSensitivityCallable):
+    """A clipped function.
+
+    Attributes:
+        fun, l2_norm_bound, has_aux: of `jax_privacy`'s class, with its method `sensitivity`.
+        explain: arguments -> tree like the first output, a line for each leaf: `value`, `gram`, `form` or `inside`, and
+            why (`bookkeeping.Leaf`). Nothing is computed.
+    """
+
+    explain: Callable[..., PyTree]
+
+
+def clipped_fun(
+    fun: Callable,
+    has_aux: bool = False,
     *,
-    l2_clip_norm: float,
-    is_padding: Bool[Array, " batch"] | None = None,
+    batch_argnums: int | Sequence[int] = 0,
+    keep_batch_dim: bool = True,
+    l2_clip_norm: float | Array | PyTree = 1.0,
+    rescale_to_unit_norm: bool = False,
+    normalize_by: float = 1.0,
+    return_norms: bool = False,
     microbatch_size: int | None = None,
-) -> tuple[Any, Float32[Array, " batch"]]:
-    """The sum over a batch of `grad_fn(params, example)`, each clipped to `l2_clip_norm`, and the norms before.
+    nan_safe: bool = True,
+    dtype: Any = None,
+    prng_argnum: int | None = None,
+    spmd_axis_name: Any = None,
+    method: Method = "auto",
+    automatic: float | None = None,
+) -> Clipped:
+    """A function that clips what `fun` makes of each example and sums over the examples.
+
+        Σ_i w_i · fun(example_i) / normalize_by,    w_i = min(1, C/‖fun(example_i)‖)
 
     Guarantees:
-        One example changes the sum by at most `l2_clip_norm` if it is left out, padded or zero, and by twice that if it
-        is another. An example with `is_padding`, or whose vector holds a NaN, an infinity or a norm beyond float32,
-        contributes exactly 0, chosen by `where`; its norm is reported as 0. Norms and sums are float32 whatever the
-        parameters are, and their contractions take the highest precision. Microbatches change rounding only. Inside
-        `shard_map` the terms are clipped before any collective: parameters that are the same on all devices are made
-        varying first, or their gradients would be summed over devices inside `grad`.
-        The norms are per example and not private.
+        One example changes the sum by at most C (`l2_norm_bound`: C / normalize_by) if it is left out, padded or zero,
+        and by twice that if it is another. With a tree of clip norms, C is √Σ C_k². An example marked as padding, or
+        whose value holds a NaN, an infinity or a norm beyond its type, contributes exactly 0, chosen by `where`.
+        (`jax_privacy` 2.0 zeroes only the coordinates that are not finite.) Norms and sums are float32 or wider
+        whatever the types of `fun`, and their contractions take the highest precision; C is undershot by 5e-6 of its
+        size, so that rounding does not take a term beyond it.
+        Microbatches change rounding only. Inside `shard_map` the terms are clipped before any collective: arguments
+        that are the same on all devices are made varying first, or their gradients would be summed over devices inside
+        `grad`. Norms and aux are per example and not private.
 
     Args:
-        grad_fn: (params, example) -> tree; `example` is `batch` without its leading axis. Whatever belongs to one
-            record (all its clips) is one example: average inside.
-        params: tree, the same for every example.
-        batch: tree of arrays with a leading batch axis.
-        l2_clip_norm: C.
-        is_padding: (B,) rows to be left out, e.g. empty slots and records whose two views are equal.
-        microbatch_size: examples held at once; must divide B.
+        fun: (*args, **kwargs) -> tree, or (tree, aux) with `has_aux`. Keyword arguments have an example axis too.
+        batch_argnums: positional arguments with an example axis in front.
+        keep_batch_dim: `fun` gets examples with a leading axis of 1; otherwise without it. Whatever belongs to one
+            record (all its clips) is one example.
+        l2_clip_norm: C, or a tree prefix of the output with one clip norm for each subtree, clipped on its own.
+        rescale_to_unit_norm: divide by C after clipping.
+        normalize_by: divide the sum by this public constant.
+        return_norms: return the norms (b,) before clipping too; a tree of them for a tree of clip norms.
+        microbatch_size: examples held at once; must divide their number. Those of padding alone are skipped.
+        nan_safe: False lets what is not finite through.
+        dtype: of the sum; by default that of `fun`'s output.
+        prng_argnum: an argument that is a key, to be split over the examples. The key of an example then follows from
+            its place in the batch: where a record must keep its randomness, pass keys as data.
+        spmd_axis_name: of `jax.vmap`.
+        method: `bookkeeping` keeps large leaves in factored form; `vmap` forms them all; `auto` is `bookkeeping`, but
+            for functions with effects such as `jax.debug.print`.
+        automatic: γ of automatic clipping, w_i = C/(‖fun(example_i)‖ + γ) (arXiv 2206.07136).
+
+    Returns:
+        A function of the arguments of `fun` and `is_padding_example` (b,) that returns the sum; with `has_aux` or
+        `return_norms`: (sum, aux), (sum, norms) or (sum, (aux, norms)).
 
     Raises:
-        ValueError: C is not a positive number, or the microbatch does not divide the batch.
+        ValueError: C is negative, `normalize_by` or γ not above 0, or the microbatch does not divide the batch.
+        NotImplementedError: `bookkeeping` of a function with effects.
+        TypeError: when the clipped function is differentiated. Its clip weights are not meant to be.
     """
-    if not 0 < l2_clip_norm < float("inf"):
-        raise ValueError(f"l2_clip_norm: {l2_clip_norm}, expected a number above 0")
-    size = jax.tree.leaves(batch)[0].shape[0]
-    if is_padding is None:
-        is_padding = jnp.zeros(size, jnp.bool_)
-    axes = frozenset().union(*map(_varying_axes, jax.tree.leaves((batch, is_padding))))
-    params = jax.tree.map(functools.partial(_varying, axes=axes), params)
+    norms_of = _Norms(l2_clip_norm, rescale_to_unit_norm, automatic, nan_safe)
+    if not normalize_by > 0:
+        raise ValueError(f"normalize_by: {normalize_by}, it must be > 0")
+    if method not in ("auto", "bookkeeping", "vmap"):
+        raise ValueError(f"method: {method!r}, expected auto, bookkeeping or vmap")
+    batch_argnums = _as_tuple(batch_argnums)
+    if not batch_argnums:
+        raise ValueError("batch_argnums must not be empty")
 
-    def microbatch(examples, padding):
-        gradients, _ = factored_vmap(lambda p, example: (grad_fn(p, example), ()), (None, 0))(params, examples)
-        squares = sum(gradients.squared_norms()).astype(jnp.float32)
-        finite = jnp.isfinite(squares) & (squares >= 0)
-        counts = ~padding & finite
-        norms = jnp.sqrt(jnp.where(counts, squares, 0))
-        scales = jnp.minimum(1, l2_clip_norm * _ROUNDING / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny))
-        weights = jnp.where(counts, scales, 0)  # times factors that are finite: exactly 0
-        total = jax.lax.cond(
-            jnp.all(finite),
-            lambda: gradients.weighted_sum(weights, jnp.float32),
-            lambda: gradients.drop(~counts).weighted_sum(weights, jnp.float32),
-        )
-        return total, norms
+    def split(args, kwargs):
+        """What belongs to the examples, how many there are, and what makes `fun` a function of one of them."""
+        if max(batch_argnums) >= len(args):
+            raise ValueError(f"batch_argnums: {batch_argnums}, unable to find so many among {len(args)} arguments")
+        batched = {i: args[i] for i in batch_argnums}
+        sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((batched, kwargs))}
+        if len(sizes) != 1 or sizes == {()}:
+            raise ValueError("batch_argnums: arguments differ in the size of their batch axis, or have none")
+        ((size,),) = sizes
+        if prng_argnum is not None:
+            batched[prng_argnum] = jax.tree.map(lambda key: jax.random.split(key, size), args[prng_argnum])
+        axes = frozenset().union(*map(_varying_axes, jax.tree.leaves((batched, kwargs))))
+        fixed = [None if i in batched else _varying_tree(arg, axes) for i, arg in enumerate(args)]
 
-    if microbatch_size is None or microbatch_size >= size:
-        return microbatch(batch, is_padding)
-    if microbatch_size < 1 or size % microbatch_size:
-        raise ValueError(f"microbatch_size: {microbatch_size} does not divide the batch of {size}")
-    parts = jax.tree.map(lambda x: x.reshape(-1, microbatch_size, *x.shape[1:]), (batch, is_padding))
-    shapes, _ = jax.eval_shape(microbatch, *jax.tree.map(lambda x: x[0], parts))
-    zeros = jax.tree.map(lambda leaf: _varying(jnp.zeros(leaf.shape, leaf.dtype), axes=axes), shapes)
+        def one(batched, kwargs):
+            full = list(fixed)
+            for i, arg in batched.items():
+                full[i] = _lifted(arg) if keep_batch_dim and i in batch_argnums else arg
+            return _with_aux(fun, has_aux)(*full, **kwargs)
 
-    def add(total, part):
-        more, norms = microbatch(*part)
-        return jax.tree.map(jnp.add, total, more), norms
+        return one, (batched, kwargs), size, axes
 
-    total, norms = jax.lax.scan(add, zeros, parts)
-    return total, norms.reshape(size)
+    def factor(one, examples) -> tuple[Factored, Any]:
+        try:
+            if method != "vmap":
+                return factored_vmap(one, spmd_axis_name=spmd_axis_name)(*examples)
+        except NotImplementedError:
+            if method == "bookkeeping":
+                raise
+        return formed_vmap(one, spmd_axis_name=spmd_axis_name)(*examples)
+
+    def clipped_fn(*args, is_padding_example=None, **kwargs):
+        one, examples, size, axes = split(args, kwargs)
+        padding = jnp.zeros(size, bool) if is_padding_example is None else jnp.asarray(is_padding_example, bool)
+        padding = _varying_tree(padding, axes)
+
+        def microbatch(padding, examples):
+            factored, aux = factor(one, examples)
+            weights, norms, finite = norms_of(factored, padding)
+            careful = functools.partial(factored.weighted_sum, weights, padding | ~finite)
+            if nan_safe:
+                sums = jax.lax.cond(jnp.all(finite), lambda: factored.weighted_sum(weights), careful)
+            else:
+                sums = factored.weighted_sum(weights)
+            sums = [total.astype(dtype or leaf.aval.dtype) for total, leaf in zip(sums, factored.leaves)]
+            return jax.tree.unflatten(factored.tree, sums), aux, norms
+
+        total, aux, norms = _in_microbatches(microbatch, padding, examples, microbatch_size, axes)
+        total = _not_differentiable(jax.tree.map(lambda leaf: leaf / normalize_by, total))
+        if keep_batch_dim:
+            aux = jax.tree.map(lambda x: jnp.squeeze(x, 1) if x.ndim >= 2 and x.shape[1] == 1 else x, aux)
+        match has_aux, return_norms:
+            case False, False:
+                return total
+            case False, True:
+                return total, norms
+            case True, False:
+                return total, aux
+        return total, (aux, norms)
+
+    def explain(*args, is_padding_example=None, **kwargs):
+        one, examples, *_ = split(args, kwargs)
+        found = []
+        jax.eval_shape(lambda parts: found.append(factor(one, parts)[0].explain()), examples)
+        return found[0]
+
+    return Clipped(clipped_fn, norms_of.bound / normalize_by, has_aux or return_norms, explain)
 
 
 def clipped_grad(
-    fun: Callable[..., Array],
-    argnums: int = 0,
+    fun: Callable,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
     *,
-    l2_clip_norm: float,
-    normalize_by: float = 1.0,
+    l2_clip_norm: float | Array | PyTree,
     batch_argnums: int | Sequence[int] = 1,
-    keep_batch_dim: bool = True,
+    return_values: bool = False,
     return_grad_norms: bool = False,
-    microbatch_size: int | None = None,
-) -> Callable[..., Any]:
+    pre_clipping_transform: Callable[[PyTree], PyTree] | None = None,
+    **options: Any,
+) -> Clipped:
     """Like `jax.grad` of a per-example loss, each example's gradient clipped and the results summed.
 
-    The call shape, defaults and meaning are those of `jax_privacy.clipping.clipped_grad`; the returned function takes
-    `is_padding_example` too.
-
     Guarantees:
-        Those of `clipped_sum`, divided by `normalize_by`, which must be a public constant.
+        Those of `clipped_fun`, for ∇fun or what `pre_clipping_transform` makes of it.
+
+    Args:
+        fun: -> loss, or (loss, aux) with `has_aux`.
+        argnums: the arguments to differentiate in.
+        l2_clip_norm, batch_argnums: as in `clipped_fun`.
+        return_values, return_grad_norms: return losses, and norms of the gradients before transform and clipping.
+        pre_clipping_transform: applied to each example's gradient before it is clipped.
+        options: all others of `clipped_fun`.
+
+    Returns:
+        A function of the arguments of `fun` and `is_padding_example` (b,) that returns the sum; with `has_aux`,
+        `return_values` or `return_grad_norms`: (sum, `jax_privacy`'s `AuxiliaryOutput`), its fields (b, …) or None.
     """
-    batch_argnums = (batch_argnums,) if isinstance(batch_argnums, int) else tuple(batch_argnums)
-    if argnums in batch_argnums:
-        raise ValueError(f"argnums {argnums} has a batch axis")
-
-    def clipped_fn(*args, is_padding_example=None, **kwargs):
-        batch = {i: args[i] for i in batch_argnums}
-
-        def grad_fn(params, example):
-            if keep_batch_dim:
-                example = jax.tree.map(lambda x: x[None], example)
-            full = [example.get(i, arg) for i, arg in enumerate(args)]
-            full[argnums] = params
-            return jax.grad(fun, argnums)(*full, **kwargs)
-
-        total, norms = clipped_sum(
-            grad_fn,
-            args[argnums],
-            batch,
-            l2_clip_norm=l2_clip_norm,
-            is_padding=is_padding_example,
-            microbatch_size=microbatch_size,
+    both = _as_tuple(argnums), _as_tuple(batch_argnums)
+    if min(sum(both, ()), default=0) < 0 or set(both[0]) & set(both[1]):
+        raise ValueError(
+            f"argnums {argnums}, batch_argnums {batch_argnums}: expected numbers from 0 up, with no overlap"
         )
-        total = jax.tree.map(lambda leaf: leaf / normalize_by, total)
-        return (total, norms) if return_grad_norms else total
+    gradient = jax.value_and_grad(_with_aux(fun, has_aux), argnums, has_aux=True)
+    transformed = return_grad_norms and pre_clipping_transform is not None
 
-    return clipped_fn
+    def grad_fn(*args, **kwargs):
+        (value, aux), grad = gradient(*args, **kwargs)
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grad))) if transformed else None
+        return pre_clipping_transform(grad) if pre_clipping_transform else grad, (value, norm, aux)
+
+    clipped = clipped_fun(
+        grad_fn,
+        has_aux=True,
+        batch_argnums=batch_argnums,
+        l2_clip_norm=l2_clip_norm,
+        return_norms=return_grad_norms,
+        **options,
+    )
+    returns_aux = has_aux or return_values or return_grad_norms
+
+    def clipped_fn(*args, **kwargs):
+        total, rest = clipped.fun(*args, **kwargs)
+        if not returns_aux:
+            return total
+        (value, before, aux), norms = rest if return_grad_norms else (rest, None)
+        return total, AuxiliaryOutput(
+            values=value if return_values else None,
+            grad_norms=before if transformed else norms,
+            aux=aux if has_aux else None,
+        )
+
+    return Clipped(clipped_fn, clipped.l2_norm_bound, returns_aux, clipped.explain)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Norms:
+    """From factored examples to their norms and clip weights."""
+
+    clip_norms: float | Array | PyTree
+    rescale: bool
+    automatic: float | None
+    nan_safe: bool
+
+    def __post_init__(self):
+        for clip in jax.tree.leaves(self.clip_norms):
+            if isinstance(clip, numbers.Real) and not clip >= 0:
+                raise ValueError(f"l2_clip_norm: {clip}, expected a number from 0 up")
+        if self.automatic is not None and not self.automatic > 0:
+            raise ValueError(f"automatic: {self.automatic}, expected a number above 0")
+
+    @property
+    def bound(self) -> Any:
+        """The norm of one clipped example at most."""
+        clips = [1.0 if self.rescale else clip for clip in jax.tree.leaves(self.clip_norms)]
+        return clips[0] if len(clips) == 1 else math.sqrt(sum(clip**2 for clip in clips))
+
+    def __call__(
+        self, factored: Factored, padding: Bool[Array, " b"]
+    ) -> tuple[list[Float[Array, " b"]], PyTree, Bool[Array, " b"]]:
+        """Clip weights of every leaf, norms like `clip_norms`, and which examples are finite."""
+        clips, structure = jax.tree.flatten(self.clip_norms)
+        groups = jax.tree.leaves(
+            jax.tree.broadcast(
+                jax.tree.unflatten(structure, range(len(clips))),
+                jax.tree.unflatten(factored.tree, [0] * len(factored.leaves)),
+            )
+        )
+        squares = [jnp.zeros(padding.shape, jnp.float32) for _ in clips]
+        for group, found in zip(groups, factored.squared_norms()):
+            squares[group] = squares[group] + found
+        finite = functools.reduce(jnp.logical_and, (jnp.isfinite(found) & (found >= 0) for found in squares))
+        counts = ~padding & finite if self.nan_safe else ~padding
+        norms = [jnp.sqrt(found) for found in squares]
+        weights = [jnp.where(counts, self._weight(norm, clip), 0) for norm, clip in zip(norms, clips)]
+        norms = jax.tree.unflatten(structure, [norm.astype(jnp.float32) for norm in norms])
+        return [weights[group] for group in groups], norms, finite
+
+    def _weight(self, norm: Float[Array, " b"], clip: float | Array) -> Float[Array, " b"]:
+        info = jnp.finfo(norm.dtype)
+        clip = jnp.asarray(clip, norm.dtype)
+        within = clip * (1 - (_ROUNDING if norm.dtype == jnp.float32 else 64 * info.eps))
+        if self.automatic is not None:
+            return within / (norm + self.automatic) / (clip if self.rescale else 1)
+        weight = jnp.minimum(1, within / jnp.maximum(norm, info.tiny))
+        if self.rescale:
+            return jnp.where(clip > 0, weight / clip, 1 / jnp.maximum(norm, info.tiny))
+        return weight
+
+
+def _in_microbatches(
+    fun: Callable, padding: Bool[Array, " b"], examples: PyTree, size: int | None, axes: frozenset
+) -> tuple[PyTree, PyTree, PyTree]:
+    """`fun(padding, examples) -> (sum, aux, norms)` over microbatches of `size`, one after the other."""
+    total = len(padding)
+    if size is None or size >= total:
+        return fun(padding, examples)
+    if size < 1 or total % size:
+        raise ValueError(f"microbatch_size: {size} does not divide the batch of {total}")
+    parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (padding, examples))
+    shapes = jax.eval_shape(fun, *jax.tree.map(lambda x: x[0], parts))
+    empty = _varying_tree(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), axes)
+
+    def add(sums, part):
+        more, *rows = jax.lax.cond(jnp.all(part[0]), lambda *_: empty, fun, *part)
+        return jax.tree.map(jnp.add, sums, more), rows
+
+    sums, (aux, norms) = jax.lax.scan(add, empty[0], parts)
+    return sums, *jax.tree.map(lambda x: x.reshape(total, *x.shape[2:]), (aux, norms))
+
+
+@jax.custom_jvp
+def _not_differentiable(tree: PyTree) -> PyTree:
+    return tree
+
+
+@_not_differentiable.defjvp
+def _(primals, tangents):
+    raise TypeError("a clipped sum cannot be differentiated: its clip weights are not meant to be")
+
+
+def _with_aux(fun: Callable, has_aux: bool) -> Callable:
+    return fun if has_aux else lambda *args, **kwargs: (fun(*args, **kwargs), ())
+
+
+def _lifted(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x[None], tree)
+
+
+def _as_tuple(numbers: int | Sequence[int]) -> tuple[int, ...]:
+    return (numbers,) if isinstance(numbers, int) else tuple(numbers)
 
 
 def _varying_axes(leaf: Array) -> frozenset:
@@ -140,6 +344,11 @@ def _varying_axes(leaf: Array) -> frozenset:
     return jax.typeof(leaf).manual_axis_type.varying
 
 
-def _varying(leaf: Array, axes: frozenset) -> Array:
-    missing = tuple(sorted(axes - _varying_axes(leaf)))
-    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+def _varying_tree(tree: PyTree, axes: frozenset) -> PyTree:
+    """`tree` with its arrays made varying over `axes`; all else in it stays as it is."""
+
+    def varying(leaf):
+        missing = tuple(sorted(axes - _varying_axes(leaf))) if isinstance(leaf, jax.Array) else ()
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(varying, tree)

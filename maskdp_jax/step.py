@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Key
 
 from maskdp_jax import parallel
-from maskdp_jax.clipping import clipped_sum
+from maskdp_jax.clipping import clipped_fun
 from maskdp_jax.config import TrainConfig
 from maskdp_jax.data import Views
 from maskdp_jax.mechanism import Mechanism
@@ -94,19 +94,22 @@ def release(
     """One device's part in the noised sum over all devices, divided by the public constant; and its records' norms.
 
     Guarantees:
-        `clipped_sum` of the local terms, one sum over devices, then noise of standard deviation
+        `clipped_fun` of the local terms, one sum over devices, then noise of standard deviation
         `mechanism.noise_stddev` once on the global sum, from the same key everywhere.
     """
-    total, norms = clipped_sum(
+    clipped_sum = clipped_fun(
         lambda noisy, record: objective.term(noisy, weights, record),
-        parallel.varying(objective.noisy(weights)),
-        batch,
+        batch_argnums=1,
+        keep_batch_dim=False,
         l2_clip_norm=mechanism.l2_clip_norm,
-        is_padding=batch.padding | objective.unchanged(batch),
+        return_norms=True,
         microbatch_size=layout.microbatch(len(batch.padding)),
+        dtype=jnp.float32,
     )
+    skipped = batch.padding | objective.unchanged(batch)
+    total, norms = clipped_sum(parallel.varying(objective.noisy(weights)), batch, is_padding_example=skipped)
     total = add_noise(jax.lax.psum(total, parallel.AXIS), key, mechanism.noise_stddev)
-    return jax.tree.map(lambda g: g / mechanism.divisor, total), norms
+    return jax.tree.map(lambda g: g / mechanism.divisor, total), jnp.where(skipped, 0, norms)
 
 
 def make_step(

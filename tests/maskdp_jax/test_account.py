@@ -37,6 +37,17 @@ def test_noise_for_an_epsilon_and_back(capsys):
     assert mechanism.epsilon(1e-6).value == found["epsilon"]
 
 
+def test_steps_and_batch_for_an_epsilon_and_a_noise(capsys):
+    """One more of either would exceed the claim."""
+    words = "--n 1000 --noise_multiplier 4 --sampling shared_epochs --delta 1e-6"
+    most = run(capsys, f"{words} --batch 50 --epsilon 3")["steps"]
+    assert run(capsys, f"{words} --batch 50 --steps {most}")["epsilon"] <= 3
+    assert run(capsys, f"{words} --batch 50 --steps {most + 1}")["epsilon"] > 3
+    largest = round(1000 * run(capsys, f"{words} --steps 60 --epsilon 3")["sampling_prob"])
+    assert run(capsys, f"{words} --steps 60 --batch {largest}")["epsilon"] <= 3
+    assert run(capsys, f"{words} --steps 60 --batch {largest + 1}")["epsilon"] > 3
+
+
 def test_what_cannot_be_had_is_null(capsys):
     words = "--n 1000 --batch 50 --steps 10 --noise_multiplier 3"
     shared = run(capsys, f"{words} --sampling shared_poisson")
@@ -65,7 +76,10 @@ def test_table_is_readable(capsys):
     ("words", "named"),
     [
         ("--batch 50 --steps 10 --epsilon 1", ".n:"),
-        ("--n 1000 --batch 50 --epsilon 1", "epochs, steps"),
+        ("--n 1000 --batch 50 --epsilon 1", "steps"),
+        ("--n 1000 --steps 50 --epsilon 1", "batch"),
+        ("--n 1000 --epochs 5 --epsilon 1 --noise_multiplier 1", "just one of batch, steps"),
+        ("--n 1000 --epsilon 1 --noise_multiplier 1", "just one of batch, steps"),
         ("--n 1000 --batch 50 --steps 10 --epochs 1 --epsilon 1", "epochs, steps"),
         ("--n 1000 --batch 50 --steps 10", "epsilon, noise_multiplier"),
         ("--n 1000 --batch 50 --steps 10 --epsilon 1 --noise_multiplier 1", "epsilon, noise_multiplier"),

@@ -97,6 +97,68 @@ def scan_over_layers(remat: bool = False):
     return params, loss
 
 
+def patch_embedding():
+    params = {"kernel": normal(0, 2, 5, 3, K), "head": normal(1, K, CLASSES)}
+
+    def loss(p, x, y):
+        picture = jnp.outer(x[0], jnp.sin(jnp.arange(4.0) + x[-1, :4])).reshape(1, 10, 4, 1) * jnp.arange(1.0, 4)
+        layout = ("NHWC", "HWIO", "NHWC")
+        h = jax.lax.conv_general_dilated(picture, p["kernel"].swapaxes(0, 1), (5, 2), "VALID", dimension_numbers=layout)
+        return cross_entropy(jax.nn.gelu(h).mean((0, 1, 2)) @ p["head"], y)
+
+    return params, loss
+
+
+def embedding():
+    params = {"table": normal(0, 9, K), "place": normal(1, 5, K), "head": normal(2, K, CLASSES)}
+
+    def loss(p, x, y):
+        tokens = (jnp.abs(x[:, 0]) * 40).astype(int) % 9  # some of them more than once
+        h = p["table"][tokens] + jnp.take(p["place"], jnp.arange(len(x)), axis=0)
+        return cross_entropy(jnp.tanh(h * (1 + x.sum())).mean(0) @ p["head"], y)
+
+    return params, loss
+
+
+def stacked_layers():
+    """A Python loop over layers whose weights lie in one array."""
+    params = {"layers": normal(0, 3, D, D), "head": normal(1, D, CLASSES)}
+
+    def loss(p, x, y):
+        for i in range(3):
+            x = x + jnp.tanh(x @ p["layers"][i])
+        return cross_entropy(x.mean(0) @ p["head"], y)
+
+    return params, loss
+
+
+@jax.custom_vjp
+def rectified(h, w):
+    return jax.nn.relu(h @ w)
+
+
+rectified.defvjp(
+    lambda h, w: (rectified(h, w), (h, w)),
+    lambda kept, g: ((g * (kept[0] @ kept[1] > 0)) @ kept[1].T, kept[0].T @ (g * (kept[0] @ kept[1] > 0))),
+)
+
+
+def custom_rule():
+    params = {"in": normal(0, D, K), "head": normal(1, K, CLASSES)}
+    return params, lambda p, x, y: cross_entropy(rectified(x, p["in"]).mean(0) @ p["head"], y)
+
+
+def scan_in_remat():
+    """One layer of weights used in every step, and a stack of others; all of it inside a remat."""
+    params, stacked = scan_over_layers()
+    params = {**params, "shared": normal(4, K, K)}
+
+    def loss(p, x, y):
+        return stacked({**p, "embed": p["embed"] @ p["shared"]}, x, y) + jnp.sum((x @ p["embed"] @ p["shared"]) ** 2)
+
+    return params, jax.checkpoint(loss)
+
+
 def remat():
     params, loss = mlp()
     return params, lambda p, x, y: jax.checkpoint(loss)(p, jnp.tanh(x), y)
@@ -129,6 +191,11 @@ MODELS = {
     "vit": vit,
     "tied embedding": tied_embedding,
     "conv stem": conv_stem,
+    "patch embedding": patch_embedding,
+    "embedding": embedding,
+    "stacked layers": stacked_layers,
+    "custom rule": custom_rule,
+    "scan in remat": scan_in_remat,
     "scan": scan_over_layers,
     "remat": remat,
     "scan and remat": functools.partial(scan_over_layers, True),
@@ -143,107 +210,145 @@ def batch(size: int, positions: int):
     return normal(10 + size, size, positions, D), jnp.arange(size) % CLASSES
 
 
-@pytest.mark.parametrize(("size", "positions"), [(1, 1), (7, 5)])
-@pytest.mark.parametrize("name", MODELS)
+SIZES = [(1, 1), (7, 5)]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "positions"),
+    [*((name, *size) for name in MODELS for size in SIZES), ("vit", 64, 5), ("vit", 0, 5)],
+)
 def test_norms_and_weighted_sum_equal_those_of_formed_gradients(name, size, positions):
     with jax.enable_x64(True):
         params, loss = MODELS[name]()
         x, y = batch(size, positions)
-
-        def gradient(p, x, y):
-            return jax.grad(loss)(p, x, y), loss(p, x, y)
-
         weights = normal(3, size)
 
         @jax.jit
         def oracle(p):
-            formed = jax.vmap(lambda x, y: gradient(p, x, y)[0])(x, y)
-            squares = [jnp.sum(jnp.square(leaf).reshape(size, -1), 1) for leaf in jax.tree.leaves(formed)]
+            formed = jax.vmap(jax.grad(loss), (None, 0, 0))(p, x, y)
+            squares = [jnp.sum(jnp.square(leaf), range(1, leaf.ndim)) for leaf in jax.tree.leaves(formed)]
             return squares, jax.tree.map(lambda leaf: jnp.tensordot(weights, leaf, 1), formed)
 
         @jax.jit
         def ours(p):
-            factored, values = bookkeeping.factored_vmap(gradient, (None, 0, 0))(p, x, y)
-            enclosed, _ = bookkeeping.factored_vmap(gradient, (None, 0, 0), enclose=True)(p, x, y)
-            return factored.squared_norms(), enclosed.squared_norms(), factored.weighted_sum(weights), values
+            fun = bookkeeping.factored_vmap(lambda x, y: (jax.grad(loss)(p, x, y), loss(p, x, y)))
+            factored, values = fun(x, y)
+            return factored.squared_norms(), factored.weighted_sum([weights] * len(factored.leaves)), values
 
         squares, total = oracle(params)
-        norms, norms_inside, got, values = ours(params)
+        norms, sums, values = ours(params)
         np.testing.assert_allclose(values, jax.vmap(lambda x, y: loss(params, x, y))(x, y), rtol=1e-9)
         np.testing.assert_allclose(norms, squares, rtol=1e-9, atol=1e-18)
-        np.testing.assert_allclose(norms_inside, squares, rtol=1e-9, atol=1e-18)
-        jax.tree.map(
-            lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12 * np.abs(want).max()),
-            got,
-            total,
-        )
+        for got, want in zip(sums, jax.tree.leaves(total), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12 * np.abs(want).max(initial=0))
 
 
-def plan(name: str, enclose: bool = False) -> tuple[dict[str, str], bool]:
-    """How each leaf of a model's gradient is treated, and whether sums can be had; nothing is computed."""
+def plan(name: str) -> dict[str, str]:
+    """How each leaf of a model's gradient is treated; nothing is computed."""
     params, loss = MODELS[name]()
     found = []
 
-    def trace(p, x, y):
-        fun = bookkeeping.factored_vmap(lambda p, x, y: (jax.grad(loss)(p, x, y), ()), (None, 0, 0), enclose=enclose)
-        factored, _ = fun(p, x, y)
+    def trace(x, y):
+        factored, _ = bookkeeping.factored_vmap(lambda x, y: (jax.grad(loss)(params, x, y), ()))(x, y)
         ways = jax.tree.leaves_with_path(factored.explain())
-        found.append(({jax.tree_util.keystr(path): way for path, way in ways}, factored.has_sums))
+        found.append({jax.tree_util.keystr(path): way for path, way in ways})
         return factored.squared_norms()
 
-    jax.eval_shape(trace, params, *batch(2, 3))
+    jax.eval_shape(trace, *batch(2, 3))
     return found[0]
 
 
-def test_large_leaves_of_a_vision_transformer_stay_factored():
-    ways, has_sums = plan("vit")
-    assert has_sums
-    assert ways["['up']"].startswith("gram")
-    assert ways["['down']"].startswith("gram")
-    assert ways["['norm']"].startswith("value")
+@pytest.mark.parametrize(
+    ("name", "leaf", "way"),
+    [
+        ("vit", "['up']", "gram"),
+        ("vit", "['down']", "gram"),
+        ("vit", "['norm']", "value"),
+        ("residual", "['up']", "gram: pair"),
+        ("tied embedding", "['table']", "form"),
+        ("patch embedding", "['kernel']", "gram"),
+        ("conv stem", "['kernel']", "form"),
+        ("embedding", "['table']", "gram: scattered"),
+        ("stacked layers", "['layers']", "form"),
+        ("custom rule", "['in']", "gram"),
+        ("scan", "['layers']['w']", "inside"),
+        ("remat", "['in']", "inside"),
+        ("scan and remat", "['layers']['w']", "inside"),
+        ("scan in remat", "['layers']['w']", "inside"),
+    ],
+)
+def test_which_way_a_leaf_goes(name, leaf, way):
+    assert plan(name)[leaf].startswith(way)
 
 
-def test_the_signed_factors_of_a_residual_are_formed_not_subtracted_as_gram_matrices():
-    ways, _ = plan("residual")
-    assert ways["['up']"].startswith("form: a sum (2 products)")
+def test_close_views_do_not_cancel():
+    """The two views of a record differ by 1e-4, their gradients by as little: in float32, Gram matrices of the two
+    products would cancel to noise, and to something negative for some records."""
+    with jax.enable_x64(True):
+        params, loss = vit()
+        x, y = batch(16, 5)
+        other = x + 1e-4 * normal(8, *x.shape)
+
+        def difference(p, x, other, y):
+            return jax.tree.map(jnp.subtract, jax.grad(loss)(p, x, y), jax.grad(loss)(p, other, y))
+
+        @jax.jit
+        def norms(p, x, other):
+            factored, _ = bookkeeping.factored_vmap(lambda *one: (difference(p, *one), ()))(x, other, y)
+            ways = jax.tree.leaves(factored.explain())
+            assert any(way.startswith("gram: pair") for way in ways)
+            return sum(factored.squared_norms())
+
+        exact = norms(params, x, other)
+        single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, x, other))
+        np.testing.assert_allclose(norms(*single), exact, rtol=2e-2)  # the views themselves are rounded to 6e-8
 
 
-@pytest.mark.parametrize("name", ["scan", "remat", "scan and remat"])
-def test_norms_inside_a_scan_or_remat_need_no_formed_leaf(name):
-    ways, has_sums = plan(name, enclose=True)
-    assert not has_sums
-    assert any(way.startswith("inside") for way in ways.values())
-
-
-def test_dropped_examples_contribute_exactly_nothing():
-    params, loss = mlp()
+@pytest.mark.parametrize("name", ["mlp", "embedding", "conv stem", "scan", "residual", "adapters"])
+def test_dropped_examples_contribute_exactly_nothing(name):
+    params, loss = MODELS[name]()
     x, y = batch(4, 3)
-    bad = x.at[1].set(jnp.nan).at[2, 0, 0].set(jnp.inf)
-    weights, dropped = jnp.array([0.3, 0.0, 0.0, 0.7]), jnp.array([False, True, True, False])
+    dropped = jnp.array([False, True, True, False])
+    weights = jnp.array([0.3, 0.0, 0.0, 0.7])
 
     @jax.jit
     def total(x):
-        fun = bookkeeping.factored_vmap(lambda p, x, y: (jax.grad(loss)(p, x, y), ()), (None, 0, 0))
-        return fun(params, x, y)[0].drop(dropped).weighted_sum(weights)
+        factored, _ = bookkeeping.factored_vmap(lambda x, y: (jax.grad(loss)(params, x, y), ()))(x, y)
+        return factored.weighted_sum([weights] * len(factored.leaves), dropped)
 
-    jax.tree.map(np.testing.assert_array_equal, total(bad), total(x))
+    jax.tree.map(np.testing.assert_array_equal, total(x.at[1].set(jnp.nan).at[2, 0, 0].set(jnp.inf)), total(x))
 
 
 def test_effects_are_refused_rather_than_lost():
-    def fun(p, x):
+    def fun(x):
         jax.debug.print("{}", x.sum())
-        return jax.grad(lambda p: jnp.sum(x @ p))(p), ()
+        return jax.grad(lambda p: jnp.sum(x @ p))(normal(0, D, K)), ()
 
     with pytest.raises(NotImplementedError, match="effects"):
-        bookkeeping.factored_vmap(fun, (None, 0))(normal(0, D, K), normal(1, 2, 3, D))
+        bookkeeping.factored_vmap(fun)(normal(1, 2, 3, D))
 
 
 def test_low_precision_products_are_summed_in_float32():
     """A sum of 4096 equal bfloat16 gradients: float32 sums are right, bfloat16 ones stop growing at 256."""
     p, x = jnp.zeros((4, 4), jnp.bfloat16), jnp.ones((4096, 2, 4), jnp.bfloat16)
-    fun = bookkeeping.factored_vmap(
-        lambda p, x: (jax.grad(lambda p: jnp.sum((x @ p).astype(jnp.float32)))(p), ()), (None, 0)
-    )
-    factored, _ = fun(p, x)
-    np.testing.assert_array_equal(factored.weighted_sum(jnp.ones(4096)), np.full((4, 4), 8192))
+    fun = bookkeeping.factored_vmap(lambda x: (jax.grad(lambda p: jnp.sum((x @ p).astype(jnp.float32)))(p), ()))
+    factored, _ = fun(x)
+    np.testing.assert_array_equal(factored.weighted_sum([jnp.ones(4096)])[0], np.full((4, 4), 8192))
     assert factored.squared_norms()[0].dtype == jnp.float32
+
+
+def test_indices_outside_a_table_add_nothing():
+    """As in the gather they come from: out of bounds is dropped, or clipped to the last row."""
+    table, tokens = normal(0, 6, K), jnp.array([[1, 1, 17], [5, 9, 2]])
+    for mode in ("fill", "clip"):
+
+        def gradient(tokens, mode=mode):
+            return jax.grad(lambda t: jnp.sum(jnp.nan_to_num(jnp.take(t, tokens, axis=0, mode=mode)) ** 2))(table), ()
+
+        formed = jax.vmap(lambda tokens: gradient(tokens)[0])(tokens)
+        factored, _ = bookkeeping.factored_vmap(gradient)(tokens)
+        assert factored.explain().startswith("gram")
+        np.testing.assert_allclose(factored.squared_norms()[0], jnp.sum(formed**2, (1, 2)), rtol=1e-5)
+        np.testing.assert_allclose(
+            factored.weighted_sum([jnp.array([2.0, 1.0])])[0], 2 * formed[0] + formed[1], rtol=1e-5
+        )

@@ -8,7 +8,7 @@ import jax_privacy.clipping
 import numpy as np
 import pytest
 
-from maskdp_jax.clipping import clipped_grad, clipped_sum
+from maskdp_jax.clipping import clipped_fun, clipped_grad
 
 rng = np.random.default_rng(0)
 PARAMS = {"w": jnp.asarray(rng.normal(size=(5, 3)), jnp.float32), "b": jnp.zeros(3)}
@@ -25,6 +25,14 @@ def loss(params, example):
 
 gradient = jax.grad(loss)
 one = jax.jit(gradient)
+
+
+def clipped_sum(grad_fn, params, batch, *, is_padding=None, **options):
+    """Float32 sum and norms of `grad_fn(params, example)`."""
+    fun = clipped_fun(grad_fn, batch_argnums=1, keep_batch_dim=False, return_norms=True, dtype=jnp.float32, **options)
+    return fun(params, batch, is_padding_example=is_padding)
+
+
 summed = jax.jit(clipped_sum, static_argnums=0, static_argnames=("l2_clip_norm", "microbatch_size"))
 
 
@@ -65,10 +73,11 @@ def test_drops_in_for_jax_privacy(keep_batch_dim):
     fun = (lambda p, e: loss(p, jax.tree.map(lambda x: x[0], e))) if keep_batch_dim else loss
     options = dict(l2_clip_norm=0.5, keep_batch_dim=keep_batch_dim, normalize_by=4.0, return_grad_norms=True)
     padding = jnp.arange(12) >= 10
-    total, norms = jax.jit(clipped_grad(fun, **options))(PARAMS, BATCH, is_padding_example=padding)
+    total, ours = jax.jit(clipped_grad(fun, **options))(PARAMS, BATCH, is_padding_example=padding)
     theirs, aux = jax.jit(jax_privacy.clipping.clipped_grad(fun, **options))(PARAMS, BATCH, is_padding_example=padding)
     assert_close(total, theirs, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(norms[:10], aux.grad_norms[:10], rtol=1e-5)
+    np.testing.assert_allclose(ours.grad_norms, aux.grad_norms, rtol=1e-5)
+    assert ours.values is ours.aux is aux.values is aux.aux is None
 
 
 def test_every_term_is_within_the_clip_norm():
@@ -108,21 +117,23 @@ def test_what_is_not_finite_contributes_exactly_zero(poison, microbatch_size):
     total, norms = summed(direct, PARAMS, bad, l2_clip_norm=1.0, microbatch_size=microbatch_size)
     expected, _ = summed(direct, PARAMS, zero, l2_clip_norm=1.0, microbatch_size=microbatch_size)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, total, expected))
-    assert norms[4] == 0
+    assert not np.isfinite(norms[4])
 
 
 def test_padding_contributes_exactly_zero_even_if_it_is_nan():
     padding = jnp.isin(jnp.arange(12), jnp.array([0, 5, 11]))
     poisoned = {**BATCH, "x": jnp.where(padding[:, None], jnp.nan, BATCH["x"])}
-    total, norms = summed(gradient, PARAMS, poisoned, l2_clip_norm=1.0, is_padding=padding)
+    total, _ = summed(gradient, PARAMS, poisoned, l2_clip_norm=1.0, is_padding=padding)
     clean, _ = summed(gradient, PARAMS, rows(BATCH, np.flatnonzero(~padding)), l2_clip_norm=1.0)
     assert_close(total, clean, rtol=1e-6, atol=1e-6)
-    assert np.all(np.asarray(norms)[np.asarray(padding)] == 0)
 
 
 def test_empty_batch_is_exactly_zero():
-    total, norms = summed(gradient, PARAMS, BATCH, l2_clip_norm=1.0, is_padding=jnp.ones(12, bool))
-    assert all(not leaf.any() for leaf in jax.tree.leaves((total, norms)))
+    total, _ = summed(gradient, PARAMS, BATCH, l2_clip_norm=1.0, is_padding=jnp.ones(12, bool))
+    assert all(not leaf.any() for leaf in jax.tree.leaves(total))
+    total, norms = summed(gradient, PARAMS, rows(BATCH, np.arange(0)), l2_clip_norm=1.0)
+    assert all(not leaf.any() for leaf in jax.tree.leaves(total))
+    assert norms.shape == (0,)
 
 
 def test_sums_are_float32_whatever_the_compute_type():
@@ -148,31 +159,148 @@ def test_a_huge_clip_norm_is_the_ordinary_gradient():
 
 
 def test_refuses_what_it_cannot_do():
-    for options in (dict(l2_clip_norm=0.0), dict(l2_clip_norm=np.inf), dict(l2_clip_norm=1.0, microbatch_size=5)):
-        with pytest.raises(ValueError):
-            clipped_sum(gradient, PARAMS, BATCH, **options)
-    with pytest.raises(ValueError, match="batch axis"):
+    for options in (dict(l2_clip_norm=-1.0), dict(normalize_by=0.0), dict(automatic=0.0), dict(method="ghost")):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            clipped_fun(gradient, **options)
+    with pytest.raises(ValueError, match="does not divide"):
+        clipped_sum(gradient, PARAMS, BATCH, l2_clip_norm=1.0, microbatch_size=5)
+    with pytest.raises(ValueError, match="overlap"):
         clipped_grad(loss, argnums=1, l2_clip_norm=1.0)
+    with pytest.raises(TypeError, match="differentiated"):
+        jax.grad(lambda p: clipped_sum(gradient, p, BATCH, l2_clip_norm=1.0)[0]["w"].sum())(PARAMS)
+
+
+def wide_loss(params, x):
+    return jnp.sum(jnp.tanh(x @ params["in"]) @ params["out"] + params["bias"]) ** 2
+
+
+WIDE = {
+    "in": jnp.asarray(rng.normal(size=(80, 90)), jnp.float32),
+    "out": jnp.asarray(rng.normal(size=(90, 70)), jnp.float32),
+    "bias": jnp.zeros(70),
+}
+POSITIONS = jnp.asarray(rng.normal(size=(6, 4, 80)) * np.logspace(-3, 0, 6)[:, None, None], jnp.float32)
+options = dict(l2_clip_norm=1.0, keep_batch_dim=False)
+
+
+def test_both_methods_say_the_same_and_explain_themselves():
+    ways = clipped_grad(wide_loss, **options).explain(WIDE, POSITIONS)
+    assert ways["in"].startswith("gram")
+    assert ways["bias"].startswith("value: small")
+    formed = clipped_grad(wide_loss, method="vmap", **options)
+    assert all(way.startswith("value") for way in jax.tree.leaves(formed.explain(WIDE, POSITIONS)))
+    assert_close(
+        jax.jit(clipped_grad(wide_loss, **options))(WIDE, POSITIONS),
+        jax.jit(formed)(WIDE, POSITIONS),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_effects_are_kept_by_forming_every_leaf_and_refused_by_bookkeeping():
+    seen = []
+
+    def told(params, x):
+        jax.debug.callback(lambda v: seen.append(float(v)), x[0, 0])
+        return wide_loss(params, x)
+
+    with pytest.raises(NotImplementedError, match="effects"):
+        clipped_grad(told, method="bookkeeping", **options)(WIDE, POSITIONS)
+    jax.block_until_ready(clipped_grad(told, **options)(WIDE, POSITIONS))
+    jax.effects_barrier()
+    np.testing.assert_allclose(sorted(seen), sorted(np.asarray(POSITIONS[:, 0, 0])))
+
+
+def test_float32_keeps_to_the_oracle_in_float64():
+    """Norms and gradients of float32 against those of float64, one example at a time: to 1e-5."""
+    clipped = jax.jit(clipped_grad(wide_loss, return_grad_norms=True, **options))
+    total, aux = clipped(WIDE, POSITIONS)
+    with jax.enable_x64(True):
+        params, x = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), (WIDE, POSITIONS))
+        formed = jax.vmap(jax.grad(wide_loss), (None, 0))(params, x)
+        norms = np.sqrt(sum(np.sum(np.square(g).reshape(6, -1), 1) for g in jax.tree.leaves(formed)))
+        weights = np.minimum(1, 1 / norms)
+        exact = jax.tree.map(lambda g: np.tensordot(weights, g, 1), formed)
+    np.testing.assert_allclose(aux.grad_norms, norms, rtol=1e-5)
+    difference = norm(jax.tree.map(lambda a, b: np.asarray(a, np.float64) - b, total, exact))
+    assert difference <= 1e-5 * norm(exact)
+
+
+def test_each_group_keeps_to_its_own_clip_norm():
+    clips = {"in": 0.5, "out": 0.2, "bias": 1e-3}
+    fun = clipped_grad(wide_loss, l2_clip_norm=clips, keep_batch_dim=False, return_grad_norms=True)
+    total, aux = jax.jit(fun)(WIDE, POSITIONS)
+    assert fun.l2_norm_bound == pytest.approx((0.5**2 + 0.2**2 + 1e-6) ** 0.5)
+    formed = jax.vmap(jax.grad(wide_loss), (None, 0))(WIDE, POSITIONS)
+    for name, clip in clips.items():
+        norms = np.linalg.norm(np.asarray(formed[name], np.float64).reshape(6, -1), axis=1)
+        expected = np.tensordot(np.minimum(1, clip / norms), formed[name], 1)
+        np.testing.assert_allclose(aux.grad_norms[name], norms, rtol=1e-5)
+        np.testing.assert_allclose(total[name], expected, rtol=1e-3, atol=2e-5 * clip)
+
+
+def test_automatic_clipping():
+    """C/(‖g‖ + γ): no example reaches C, and none is left out however small (arXiv 2206.07136)."""
+    fun = clipped_grad(wide_loss, automatic=0.01, **options)
+    for i in range(6):
+        alone = POSITIONS[i : i + 1]
+        size = norm(jax.vmap(jax.grad(wide_loss), (None, 0))(WIDE, alone))
+        assert norm(fun(WIDE, alone)) == pytest.approx(size / (size + 0.01), rel=2e-5)
+
+
+def test_one_compilation_serves_all_batches():
+    traced = []
+
+    def counted(params, x):
+        traced.append(x.shape)
+        return wide_loss(params, x)
+
+    fun = jax.jit(clipped_grad(counted, **options))
+    fun(WIDE, POSITIONS)
+    count = len(traced)
+    fun(WIDE, POSITIONS * 2)
+    assert len(traced) == count
+
+
+def test_microbatches_of_padding_are_skipped():
+    """Their loss would not even be finite; the sum is that of the others to the bit."""
+    poisoned, padding = POSITIONS.at[4:].set(jnp.nan), jnp.arange(6) >= 4
+    fun = jax.jit(clipped_grad(wide_loss, microbatch_size=2, return_values=True, **options))
+    total, aux = fun(WIDE, poisoned, is_padding_example=padding)
+    expected, _ = fun(WIDE, POSITIONS, is_padding_example=padding)
+    jax.tree.map(np.testing.assert_array_equal, total, expected)
+    np.testing.assert_array_equal(aux.values[4:], 0)
 
 
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, PartitionSpec as P
-from maskdp_jax.clipping import clipped_sum
+from maskdp_jax import bookkeeping
+from maskdp_jax.clipping import clipped_grad
+bookkeeping.SMALL = 1
 rng = np.random.default_rng(0)
-batch = jnp.asarray(rng.normal(size=(16, 6)), jnp.float32)
-params = jnp.asarray(rng.normal(size=6), jnp.float32)
-gradient = jax.grad(lambda p, x: jnp.sin(p @ x) * 3)
+batch = jnp.asarray(rng.normal(size=(16, 2, 6)), jnp.float32)
+params = jnp.asarray(rng.normal(size=(3, 6, 6)), jnp.float32)
+def plain(p, x):
+    return jnp.sin(jnp.tanh(x @ p[0]) @ p[1] @ p[2]).sum()
+def layered(p, x):
+    return jnp.sin(jax.lax.scan(jax.checkpoint(lambda h, w: (jnp.tanh(h @ w), None)), x, p)[0]).sum()
 mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
-for micro in (None, 2):
-    def local(p, x):
-        total, norms = clipped_sum(gradient, p, x, l2_clip_norm=1.0, microbatch_size=micro)
-        return jax.lax.psum(total, "data"), norms
-    sharded = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P("data"))))
-    total, norms = sharded(params, batch)
-    expected, exact = clipped_sum(gradient, params, batch, l2_clip_norm=1.0)
-    np.testing.assert_allclose(norms, exact, rtol=1e-5)
-    np.testing.assert_allclose(total, expected, rtol=1e-4, atol=1e-5)
+for loss in (plain, layered):
+    for micro in (None, 2):
+        def local(p, x, micro=micro):
+            fun = clipped_grad(
+                loss, l2_clip_norm=1.0, keep_batch_dim=False, return_grad_norms=True, microbatch_size=micro
+            )
+            total, aux = fun(p, x)
+            return jax.lax.psum(total, "data"), aux.grad_norms
+        sharded = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P("data"))))
+        total, norms = sharded(params, batch)
+        formed = jax.vmap(jax.grad(loss), (None, 0))(params, batch)
+        exact = jnp.sqrt(jnp.sum(formed**2, (1, 2, 3)))
+        np.testing.assert_allclose(norms, exact, rtol=1e-5)
+        expected = jnp.tensordot(jnp.minimum(1, 1 / exact), formed, 1)
+        np.testing.assert_allclose(total, expected, rtol=1e-4, atol=1e-4)
 """
 
 

@@ -188,14 +188,44 @@ def test_shared_poisson_is_the_mixture_with_the_identity():
         assert mechanism.delta(epsilon) == pytest.approx(mixed.get_delta_for_epsilon(epsilon), rel=2e-3)
 
 
-def test_shared_poisson_by_monte_carlo():
-    """δ(ε) = E max(0, 1 - e^(ε - L)) over the privacy loss L. Five standard errors: false alarm 6e-7."""
-    mechanism = Mechanism(100, 20, 30, sampling="shared_poisson", adjacency="replace", noise_multiplier=6.0)
+@pytest.mark.parametrize(
+    ("sampling", "adjacency"),
+    [
+        ("independent", "zero_out"),
+        ("independent", "replace"),
+        ("shared_poisson", "zero_out"),
+        ("shared_poisson", "replace"),
+        ("shared_epochs", "zero_out"),
+    ],
+)
+def test_delta_by_monte_carlo(sampling, adjacency):
+    """δ(ε) = E max(0, 1 - e^(ε - L)) over simulated runs: who is drawn, what is released, its privacy loss L.
+
+    One coordinate, the other records at 0, the term of ours at C (`replace`: at -C for the neighbour). Five standard
+    errors and the grid of the account: false alarm 6e-7.
+    """
+    q, steps, runs, epsilon = 0.2, 30, 200_000, 0.5
+    sigma = {"independent": 1.5, "shared_poisson": 6.0, "shared_epochs": 3.0}[sampling]
+    mechanism = Mechanism(100, 20, steps, sampling=sampling, adjacency=adjacency, noise_multiplier=sigma)
     generator = np.random.default_rng(1)
-    shift = np.sqrt(generator.binomial(30, 0.2, 400_000)) * 2 / 6
-    loss = shift * generator.standard_normal(shift.size) + shift**2 / 2
-    spent = np.maximum(0, -np.expm1(0.5 - loss))
-    assert abs(mechanism.delta(0.5) - spent.mean()) < 5 * spent.std() / math.sqrt(spent.size)
+    other = -1.0 if adjacency == "replace" else 0.0
+    losses = np.zeros(runs)
+    for step in range(steps):
+        if sampling == "shared_epochs":
+            drawn_in = np.full(runs, step % 5 == 0)  # once an epoch of five steps; which one does not matter
+        else:
+            drawn_in = generator.random(runs) < q
+        released = np.where(drawn_in, 1.0, 0.0) + sigma * generator.standard_normal(runs)
+        here, there, absent = (stats.norm.pdf(released, place, sigma) for place in (1.0, other, 0.0))
+        if sampling == "independent":
+            here, there = (1 - q) * absent + q * here, (1 - q) * absent + q * there
+        else:  # everyone sees who is drawn
+            here, there = np.where(drawn_in, here, absent), np.where(drawn_in, there, absent)
+        losses += np.log(here / there)
+    spent = np.maximum(0, -np.expm1(epsilon - losses))
+    exact = mechanism.delta(epsilon)
+    assert exact > 1e-3
+    assert abs(exact - spent.mean()) < 5 * spent.std() / math.sqrt(runs) + 2e-3 * exact
 
 
 def test_epochs_compose_as_often_as_a_unit_is_seen():
