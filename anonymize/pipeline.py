@@ -82,7 +82,8 @@ class Anonymizer:
             frames: (T, H, W, 3) uint8 RGB.
             video: the video's key.
             subjects: the people in it by name, where known.
-            people: where they are, if that is known already; None: the finder finds them.
+            people: where they are, if that is known already, as it must be with `finder.type: precomputed`; None: the
+                finder finds them.
         """
         total = len(frames)
         people = people or self.finder.find(frames, fps)
