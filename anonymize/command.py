@@ -31,8 +31,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from anonymize import on_ray, sheets, video
-from anonymize.config import AnonymizeConfig
+from anonymize import on_ray, precomputed, sheets, video, weights
+from anonymize.config import AnonymizeConfig, AutoConfig
+from anonymize.people import EmbeddedConfig, FinderConfig
 from maskdp import __version__, atomic, config, layers, progress
 from maskdp.errors import UserError
 
@@ -182,13 +183,18 @@ class Worker:
         done = self._work / f"{key}.json"
         try:
             state = {"source": video.sha256(source.path), "settings": self._fingerprint, "maskdp": __version__}
+            if self._settings.precomputed:
+                state["people"] = precomputed.digest(self._settings.precomputed, source.name)
             if done.exists():
                 finished = json.loads(done.read_text())
                 if finished["state"] == state:
                     return finished["clips"], True
             done.unlink(missing_ok=True)
+            given = self._settings.precomputed and precomputed.Precomputed(
+                self._settings.precomputed, source.name, source.path
+            )
             records = [
-                self._clip(part, f"{key}-{number:03d}", key, state["source"], source)
+                self._clip(part, f"{key}-{number:03d}", key, state["source"], source, given)
                 for number, part in enumerate(self._parts(source.path))
             ]
         except UserError as error:
@@ -207,13 +213,22 @@ class Worker:
             path, short_side=settings.short_side, max_frames=settings.max_frames, fps=settings.fps or None
         )
 
-    def _clip(self, part: video.Video, clip: str, key: str, digest: str, source: Source) -> dict[str, Any]:
+    def _clip(
+        self,
+        part: video.Video,
+        clip: str,
+        key: str,
+        digest: str,
+        source: Source,
+        given: precomputed.Precomputed | None,
+    ) -> dict[str, Any]:
         if self._anonymizer is None:
             from anonymize.pipeline import Anonymizer
 
             self._anonymizer = Anonymizer(self._settings, self._secret)
         start = time.monotonic()
-        result = self._anonymizer.clip(part.frames, part.fps, key, source.subjects)
+        people = given and given.people(part.frames, part.numbers)
+        result = self._anonymizer.clip(part.frames, part.fps, key, source.subjects, people)
         if result.status == "written":
             write_work(self._work / f"{clip}.npz", result.rgba, result.private)
             if self._settings.sheets != "none":
@@ -359,6 +374,7 @@ def anonymize(paths: Sequence[str], settings: AnonymizeConfig) -> int:
     sources, problems = gather(paths, settings.dataset)
     if not sources:
         raise UserError("; ".join(problems) if problems else f"nothing to do\n{USAGE}")
+    settings = dataclasses.replace(settings, finder=_chosen(settings.finder))
     for problem in problems:
         print(f"maskdp anonymize: {problem}", file=sys.stderr)
     out = pathlib.Path(settings.out)
@@ -378,6 +394,21 @@ def anonymize(paths: Sequence[str], settings: AnonymizeConfig) -> int:
     counts = Counter(record["status"] for found in records.values() for record in found)
     _say(out, records, counts, written)
     return 1 if problems or counts["failed"] else 0
+
+
+def _chosen(finder: FinderConfig) -> FinderConfig:
+    """The finder that is meant; where that is left to us, one line says which it is and what that costs."""
+    chosen = finder.chosen()
+    if isinstance(finder, AutoConfig):
+        if isinstance(chosen, EmbeddedConfig):
+            line = (
+                f"embedded, as there are no weights in {weights.default_folder()} (maskdp weights fetch): outlines are "
+                "coarser, and clips of a moving camera are quarantined"
+            )
+        else:
+            line = f"models, with the weights in {chosen.folder}"
+        print(f"maskdp anonymize: finder: {line}", file=sys.stderr)
+    return chosen
 
 
 def _run(sources, settings: AnonymizeConfig, secret: bytes) -> dict[str, list[dict[str, Any]]]:

@@ -3,9 +3,12 @@
 import dataclasses
 from dataclasses import field
 
+from anonymize import weights
 from anonymize.fit import FitConfig
 from anonymize.inpaint import InpaintConfig, OpenCVInpaint
-from anonymize.people import FinderConfig
+from anonymize.model_finder import ModelsConfig
+from anonymize.people import EmbeddedConfig, FinderConfig
+from anonymize.precomputed import PrecomputedConfig
 from anonymize.refine import NoRefinement, RefineConfig
 from maskdp.config import fingerprint, one_of, positive
 from maskdp.errors import UserError
@@ -90,12 +93,30 @@ class DatasetConfig:
         one_of(self, "label_from", ("none", "folder"))
 
 
+@FinderConfig.register_subclass("auto")
+@dataclasses.dataclass(frozen=True)
+class AutoConfig(EmbeddedConfig):
+    """`models` where their weights are, else `embedded`, whose keys these are.
+
+    Attributes:
+        weights: folder of the weights, which must then be there; empty: where `maskdp weights fetch` puts them, if any.
+    """
+
+    weights: str = ""
+
+    def chosen(self) -> FinderConfig:
+        if self.weights or weights.complete(weights.default_folder()):
+            return ModelsConfig(weights=self.weights).chosen()
+        names = [item.name for item in dataclasses.fields(EmbeddedConfig)]
+        return EmbeddedConfig(**{name: getattr(self, name) for name in names})
+
+
 @dataclasses.dataclass(frozen=True)
 class PipelineConfig:
     """Everything that one clip's two layers depend on, besides the clip and the wardrobe's secret."""
 
     video: VideoConfig = field(default_factory=VideoConfig)
-    finder: FinderConfig = field(default_factory=FinderConfig)
+    finder: FinderConfig = field(default_factory=AutoConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     avatar: AvatarConfig = field(default_factory=AvatarConfig)
     inpaint: InpaintConfig = field(default_factory=OpenCVInpaint)
@@ -129,7 +150,13 @@ class AnonymizeConfig(PipelineConfig):
         positive(self, "workers")
 
     @property
+    def precomputed(self) -> PrecomputedConfig | None:
+        """The finder's settings where people come from files."""
+        return self.finder if isinstance(self.finder, PrecomputedConfig) else None
+
+    @property
     def pipeline_fingerprint(self) -> str:
         """SHA-256 of the settings that a clip's layers depend on: finished work under others is not taken up."""
         names = [item.name for item in dataclasses.fields(PipelineConfig)]
-        return fingerprint(PipelineConfig(**{name: getattr(self, name) for name in names}))
+        settings = PipelineConfig(**{name: getattr(self, name) for name in names})
+        return fingerprint(dataclasses.replace(settings, finder=self.finder.chosen().pinned()))

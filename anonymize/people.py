@@ -7,12 +7,16 @@ quarantined.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Protocol
 
 import cv2
+import draccus
 import numpy as np
 
 from anonymize import cues, person_net
+from anonymize.camera import Camera
+from anonymize.pose import Pose
 from maskdp.config import positive
 
 LEAST_STIR = 0.05  # part of a person's outline that changes within a quarter of a second, on average
@@ -28,6 +32,8 @@ class Person:
         boxes: (T, 4) float32 xyxy in pixels, NaN where absent.
         masks: (T, H, W) bool, the outline where it can be trusted for fitting a pose, empty elsewhere.
         joints: (T, 14, 3) float32 x, y in pixels and confidence 0..1, in the order of `person_net.JOINTS`.
+        nearness: (T,) float32, larger for who is nearer among the people of a frame, NaN where unknown; or None.
+        pose: where it is known already and need not be fitted, NaN in frames without; or None.
     """
 
     track_id: int
@@ -35,6 +41,8 @@ class Person:
     boxes: np.ndarray
     masks: np.ndarray
     joints: np.ndarray
+    nearness: np.ndarray | None = None
+    pose: Pose | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +52,13 @@ class People:
     Attributes:
         removal: (T, H, W) bool, everything that must be removed, already dilated.
         static_camera: whether places keep their pixels over time.
-        background: (H, W, 3) uint8, the empty scene, or None where the camera moves.
+        background: (H, W, 3) uint8, the empty scene, or None where the finder made none.
         known: (H, W) bool, where the empty scene was seen, or None.
         doubt: why the clip must be quarantined, in one line, or None.
         notes: figures behind the decision, for the record.
+        seen_again: the finder's own look at the finished frames (T, H, W, 3): why somebody may still be visible in
+            them, in one line, or None.
+        camera: what the poses given with the people were made for; None: `Camera.default`.
     """
 
     persons: tuple[Person, ...]
@@ -57,6 +68,8 @@ class People:
     known: np.ndarray | None
     doubt: str | None
     notes: dict
+    seen_again: Callable[[np.ndarray], str | None] = lambda frames: None
+    camera: Camera | None = None
 
 
 class PeopleFinder(Protocol):
@@ -68,7 +81,29 @@ class PeopleFinder(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class FinderConfig:
+class FinderConfig(draccus.ChoiceRegistry):
+    """Base of the finders; `finder.type` chooses."""
+
+    @classmethod
+    def default_choice_name(cls) -> str:
+        return "auto"
+
+    def chosen(self) -> "FinderConfig":
+        """The finder that is meant: what `auto` comes to here, or itself.
+
+        Raises:
+            UserError: a folder that it needs is missing or is not what it should be.
+        """
+        return self
+
+    def pinned(self) -> "FinderConfig":
+        """The settings with the contents of their folders in place of the folders' names, for fingerprints."""
+        return self
+
+
+@FinderConfig.register_subclass("embedded")
+@dataclasses.dataclass(frozen=True)
+class EmbeddedConfig(FinderConfig):
     """Settings of `EmbeddedFinder`.
 
     Attributes:
@@ -102,7 +137,7 @@ class FinderConfig:
 class EmbeddedFinder:
     """Finds people with nothing but the embedded network and OpenCV, in clips of a static camera."""
 
-    def __init__(self, config: FinderConfig = FinderConfig()):
+    def __init__(self, config: EmbeddedConfig = EmbeddedConfig()):
         self.config = config
 
     def find(self, frames: np.ndarray, fps: float) -> People:
@@ -117,7 +152,7 @@ class EmbeddedFinder:
         margin = config.margin * min(frames.shape[1:3])
         votes = self._votes(frames, margin)
         likely = votes.between(config.threshold)
-        busy = _grown(likely, margin)
+        busy = grown(likely, margin)
         background, known = cues.background_model(frames, busy)
         light = cues.light_changes(frames, busy, background)
         moved = cues.foreground(frames, background, known, light)
@@ -125,9 +160,9 @@ class EmbeddedFinder:
         moved &= known
         upright = {t: cues.hog_people(frames[t]) for t in cues.sample_times(len(frames), config.looks)}
         tracks, others = _tracks(votes, likely, moved, upright, cues.stirring(frames, fps), config, fps)
-        removal = _grown(likely | moved, margin, down=margin) | _whole(~known, margin)
+        removal = grown(likely | moved, margin, down=margin) | _whole(~known, margin)
         for track in tracks:
-            _cover(removal, track, margin)
+            cover(removal, track, margin)
         for track in (*tracks, *others):
             removal |= _lasting(frames, track, ~known, margin)
         _fill_holes(removal)
@@ -138,7 +173,7 @@ class EmbeddedFinder:
         notes = {
             "removed": round(float(removal.mean()), 4),
             "known": round(float(known.mean()), 4),
-            "moved_elsewhere": round(float((moved & ~_grown(likely, 4 * margin)).mean()), 4),
+            "moved_elsewhere": round(float((moved & ~grown(likely, 4 * margin)).mean()), 4),
             "agreement": round(votes.agreement, 4),
         }
         doubt = self._doubt(frames, tracks, upright, removal, notes)
@@ -151,7 +186,7 @@ class EmbeddedFinder:
         few = cues.sample_times(len(frames), 10)
         median = np.median(frames[few], axis=0).astype(np.uint8)
         rough = np.stack([person_net.evaluate(net, frames[t], median, frames[max(t - 2, 0)], first)[0] for t in few])
-        background, known = cues.background_model(frames[few], _grown(rough > self.config.threshold, margin))
+        background, known = cues.background_model(frames[few], grown(rough > self.config.threshold, margin))
         background = np.where(known[..., None], background, median)
         times = cues.sample_times(len(frames), max(-(-len(frames) // self.config.every), 12))
         probability, heat, overlap, union = [], [], 0, 0
@@ -231,7 +266,7 @@ class _Track:
 
     def is_person(self, upright: dict[int, np.ndarray], stirring: np.ndarray) -> bool:
         """Whether the network is sure of a good part of it over time, or a HOG box lies on it, and it is alive."""
-        seen = any(self.present[t] and _iou(box, self.boxes[t]) > 0.3 for t, boxes in upright.items() for box in boxes)
+        seen = any(self.present[t] and iou(box, self.boxes[t]) > 0.3 for t, boxes in upright.items() for box in boxes)
         alive = np.mean([stirring[t][self.masks[t]].mean() for t in np.flatnonzero(self.masks.any((1, 2)))])
         return alive > LEAST_STIR and (seen or float(np.mean(self._support)) > 0.15)
 
@@ -259,7 +294,7 @@ def _tracks(
     moved: np.ndarray,
     upright: dict[int, np.ndarray],
     stirring: np.ndarray,
-    config: FinderConfig,
+    config: EmbeddedConfig,
     fps: float,
 ) -> tuple[list[_Track], list[_Track]]:
     """Blobs of each frame joined over time by the overlap of their boxes; gaps up to a second are bridged.
@@ -276,7 +311,7 @@ def _tracks(
         blobs = _blobs(sure | (moved[t] & cues.dilated(likely[t], margin)), margin)
         current = [track for track in tracks if t - track.last <= gap]
         pairs = [
-            (_iou(box, track.boxes[track.last]), k, b)
+            (iou(box, track.boxes[track.last]), k, b)
             for k, track in enumerate(current)
             for b, (_, box) in enumerate(blobs)
         ]
@@ -310,7 +345,8 @@ def _blobs(mask: np.ndarray, margin: float, least: float = 0.002) -> list[tuple[
     return found
 
 
-def _iou(a: np.ndarray, b: np.ndarray) -> float:
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Overlap of two boxes (4,) xyxy: intersection over union."""
     size = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
     if (size <= 0).any():
         return 0.0
@@ -318,7 +354,7 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
     return float(both / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - both))
 
 
-def _grown(mask: np.ndarray, radius: float, down: float = 0) -> np.ndarray:
+def grown(mask: np.ndarray, radius: float, down: float = 0) -> np.ndarray:
     """A mask (T, H, W) grown by a radius, and `down` pixels further downwards, where shadows lie."""
     disc, line = cues.disc(radius), np.ones((round(down) + 1, 1), np.uint8)
     return np.stack([cv2.dilate(cv2.dilate(m.astype(np.uint8), disc), line, anchor=(0, round(down))) for m in mask]) > 0
@@ -343,7 +379,7 @@ def _left_behind(background: np.ndarray, known: np.ndarray, margin: float) -> np
     return cues.dilated(large[labels], 2 * margin)
 
 
-def _cover(removal: np.ndarray, track: _Track, margin: float) -> None:
+def cover(removal: np.ndarray, track: "_Track | Person", margin: float) -> None:
     """Adds the convex hull of a person's outline, or the whole grown box where there is none that can be trusted."""
     for t in np.flatnonzero(track.present):
         if track.masks[t].any():

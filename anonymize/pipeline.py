@@ -10,11 +10,15 @@ from anonymize import control
 from anonymize.body import Body
 from anonymize.camera import Camera
 from anonymize.config import AvatarConfig, PipelineConfig
+from anonymize.depth import in_order
 from anonymize.fit import Fit, SilhouetteFitter
-from anonymize.people import EmbeddedFinder, PeopleFinder
+from anonymize.model_finder import ModelFinder, ModelsConfig
+from anonymize.people import EmbeddedFinder, FinderConfig, People, PeopleFinder, Person
+from anonymize.pose import Pose
+from anonymize.precomputed import PrecomputedConfig
 from anonymize.refine import Drawing
 from anonymize.removal import remove
-from anonymize.render import render
+from anonymize.render import Mesh, render
 from anonymize.wardrobe import Avatar, Wardrobe
 
 _CHUNK = 32  # frames posed at a time
@@ -56,19 +60,21 @@ class Anonymizer:
     Args:
         config: the settings.
         secret: what identities are drawn from.
-        finder: finds the people; the embedded one where None.
+        finder: finds the people; the one that `config.finder` chooses where None.
     """
 
     def __init__(self, config: PipelineConfig, secret: bytes, finder: PeopleFinder | None = None):
         self.config = config
-        self.finder = finder or EmbeddedFinder(config.finder)
+        self.finder = finder or _finder(config.finder.chosen())
         self.body = Body(config.avatar.model_path or None)
         self.wardrobe = Wardrobe(secret)
         self.fitter = SilhouetteFitter(self.body, config.fit)
         self.inpaint = config.inpaint.load()
         self.refiner = config.refine.load()
 
-    def clip(self, frames: np.ndarray, fps: float, video: str, subjects: Sequence[str] = ()) -> ClipResult:
+    def clip(
+        self, frames: np.ndarray, fps: float, video: str, subjects: Sequence[str] = (), people: People | None = None
+    ) -> ClipResult:
         """Anonymizes one clip.
 
         Fails closed: whatever leaves a doubt that somebody might still be seen quarantines the clip; a person who
@@ -78,9 +84,11 @@ class Anonymizer:
             frames: (T, H, W, 3) uint8 RGB.
             video: the video's key.
             subjects: the people in it by name, where known.
+            people: where they are, if that is known already, as it must be with `finder.type: precomputed`; None: the
+                finder finds them.
         """
         total = len(frames)
-        people = self.finder.find(frames, fps)
+        people = people or self.finder.find(frames, fps)
         found = functools.partial(ClipResult, people=len(people.persons), frames=total, notes=people.notes)
         quarantined = functools.partial(found, None, None)
         if people.doubt:
@@ -89,13 +97,14 @@ class Anonymizer:
             return quarantined("no person found")
         removal = remove(frames, people, self.config.limits.max_blanked, self.inpaint)
         blanked = int(removal.blanked.sum())
-        if removal.doubt:
-            return quarantined(removal.doubt, frames_blanked=blanked)
+        doubt = removal.doubt or people.seen_again(removal.frames)
+        if doubt:
+            return quarantined(doubt, frames_blanked=blanked)
 
-        camera = Camera.default(frames.shape[2], frames.shape[1])
+        camera = people.camera or Camera.default(frames.shape[2], frames.shape[1])
         keys = [identity_key(video, person.track_id, subjects, self.config.avatar) for person in people.persons]
         betas = [self.wardrobe.identity(key).betas for key in keys]
-        fits = [self.fitter(person, camera, shape) for person, shape in zip(people.persons, betas)]
+        fits = [_given(p) if p.pose else self.fitter(p, camera, shape) for p, shape in zip(people.persons, betas)]
         missing = np.any([person.present & ~fit.ok for person, fit in zip(people.persons, fits)], 0)
         overlaps = np.concatenate([fit.iou[np.isfinite(fit.iou)] for fit in fits])
         figures = {
@@ -108,7 +117,9 @@ class Anonymizer:
         if not any(fit.ok.any() for fit in fits):
             return quarantined("nobody could be re-posed", **figures)
 
-        rgba, depth, person = render_public(fits, keys, camera, self.body, self.wardrobe, self.config.avatar.samples)
+        nearness = [person.nearness for person in people.persons]
+        samples = self.config.avatar.samples
+        rgba, depth, person = render_public(fits, keys, camera, self.body, self.wardrobe, samples, nearness)
         if self.refiner:
             skeletons = [control.keypoints(fit, shape, self.body, camera, depth) for fit, shape in zip(fits, betas)]
             drawing = Drawing(rgba, depth, person, np.stack(skeletons, 1))
@@ -117,13 +128,36 @@ class Anonymizer:
         return found(rgba, removal.frames, None, **figures)
 
 
+def _finder(config: FinderConfig) -> PeopleFinder | None:
+    """The finder with these settings, its models loaded; None where people come from files."""
+    if isinstance(config, PrecomputedConfig):
+        return None
+    return ModelFinder.load(config) if isinstance(config, ModelsConfig) else EmbeddedFinder(config)
+
+
+def _given(person: Person) -> Fit:
+    """The poses that came with a person, `ok` where the person is present and the pose is finite."""
+    arrays = person.pose.arrays()
+    finite = np.all([np.isfinite(values).all(1) for values in arrays.values()], 0)
+    pose = Pose(**{name: np.where(finite[:, None], values, 0) for name, values in arrays.items()})
+    return Fit(pose, person.present & finite, np.full(len(finite), np.nan, np.float32))
+
+
 def render_public(
-    fits: Sequence[Fit], keys: Sequence[str], camera: Camera, body: Body, wardrobe: Wardrobe, samples: int = 2
+    fits: Sequence[Fit],
+    keys: Sequence[str],
+    camera: Camera,
+    body: Body,
+    wardrobe: Wardrobe,
+    samples: int = 2,
+    nearness: Sequence[np.ndarray | None] = (),
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The public layer: avatar `keys[i]` in the poses `fits[i]` wherever these are `ok`, nearer ones over farther ones.
 
-    Guarantees: a function of poses, camera, keys, wardrobe and body model. No pixel of a source reaches it, nor any
-    shape, colour or light taken from one.
+    Where `nearness[i]` (T,) is known it decides who is nearer (`depth.in_order`), else the poses do.
+
+    Guarantees: a function of poses and their order, camera, keys, wardrobe and body model. No pixel of a source reaches
+    it, nor any shape, colour or light taken from one.
 
     Returns:
         rgba (T, H, W, 4) uint8, straight colour; depth (T, H, W) float32 in metres, infinite where nothing is; and the
@@ -135,8 +169,10 @@ def render_public(
         part = slice(start, start + _CHUNK)
         meshes = [avatar.mesh(fit.pose[part]) for avatar, fit in zip(avatars, fits)]
         for t in range(len(fits[0].ok[part])):
-            shown = [index for index, fit in enumerate(fits) if fit.ok[start + t]]
-            rendering = render([meshes[index] for index in shown], t, camera, samples)
+            shown = [i for i, fit in enumerate(fits) if fit.ok[start + t]]
+            pieces = [Mesh(meshes[i].vertices[t : t + 1], meshes[i].faces, meshes[i].colours) for i in shown]
+            order = [nearness[i][start + t] if nearness and nearness[i] is not None else np.nan for i in shown]
+            rendering = render(in_order(pieces, order, camera), 0, camera, samples)
             rgba.append(rendering.rgba)
             depth.append(rendering.depth)
             person.append(np.array([*shown, -1], np.int16)[rendering.person])

@@ -24,10 +24,12 @@ class Video:
     Attributes:
         frames: (T, H, W, 3) uint8 RGB.
         fps: frames a second.
+        numbers: (T,) int, which frames of the file these are, from 0.
     """
 
     frames: np.ndarray
     fps: float
+    numbers: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,20 +174,23 @@ def clips(
     if max_frames < 1 or (short_side is not None and short_side < 2) or (fps is not None and not fps > 0):
         raise ValueError(f"clips: max_frames {max_frames}, short_side {short_side}, fps {fps}; expected 1, 2, above 0")
     frames: list[np.ndarray] = []
+    numbers: list[int] = []
     times: list[float] = []
     size = turns = None
     start, ticks = None, 0
 
     def clip() -> Video:
-        order = _evenly(times) if len(times) == len(frames) else range(len(frames))
-        video = Video(np.stack([frames[i] for i in order]), _fps(times or [0.0], stream.average_rate))
+        order = list(_evenly(times) if len(times) == len(frames) else range(len(frames)))
+        rate = _fps(times or [0.0], stream.average_rate)
+        video = Video(np.stack([frames[i] for i in order]), rate, np.array(numbers)[order])
         frames.clear()
+        numbers.clear()
         times.clear()
         return video
 
     with _opened(path) as (container, stream):
         slowest = min(float(stream.average_rate or 25), fps or np.inf)
-        for frame in _decode(path, container, stream):
+        for number, frame in enumerate(_decode(path, container, stream)):
             if times and frame.time is not None and frame.time - times[-1] > max(PAUSE_SECONDS, 10 / slowest):
                 yield clip()
             if size is None:
@@ -200,6 +205,7 @@ def clips(
             except (av.FFmpegError, ValueError) as error:
                 raise UserError(f"{path}: pictures that cannot be converted ({_reason(error)})") from None
             frames.append(np.rot90(image, turns))
+            numbers.append(number)
             if frame.time is not None:
                 times.append(frame.time)
             if len(frames) == max_frames:

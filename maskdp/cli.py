@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": ("maskdp.demo", "main", "the whole job on generated videos; writes report.html"),
     "studio": ("anonymize.studio", "main", "generate raw videos of actions with known truth"),
     "anonymize": ("anonymize.command", "main", "videos -> two-layer TFDS shards, people replaced by avatars"),
+    "weights": ("anonymize.weights", "main", "fetch public weights for the anonymizer's model backends"),
     "train": ("maskdp_jax.train", "main", "one training run -> checkpoint, privacy card, metrics"),
     "eval": ("maskdp_jax.evaluate", "main", "accuracy of a trained run on a dataset"),
     "predict": ("maskdp_jax.evaluate", "predict_main", "class of each clip"),

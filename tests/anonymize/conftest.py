@@ -1,4 +1,4 @@
-"""Diffusion pipelines with tiny random weights, built offline from the libraries' own classes and saved to folders."""
+"""Models and diffusion pipelines with tiny random weights, built offline from the libraries' own classes and saved to folders."""
 
 import functools
 import json
@@ -226,6 +226,17 @@ def animate(path: pathlib.Path):
         image_processor=CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=28),
         **wan_parts(),
     )
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> pathlib.Path:
+    """A complete weights folder of tiny random models."""
+    import torch
+
+    from tests.anonymize import tiny_models
+
+    torch.set_num_threads(1)
+    return tiny_models.save(tmp_path_factory.mktemp("weights"))
 
 
 BUILDERS = {
