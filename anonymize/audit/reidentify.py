@@ -19,6 +19,7 @@ from anonymize.audit.findings import Finding, interval
 from anonymize.audit.treatments import Crops, balanced, network_input
 from maskdp import progress
 from maskdp.config import positive
+from maskdp.errors import UserError
 
 TRIED = ("original", "blurred", "silhouette", "anonymized")
 _SHARPNESS = 16.0  # of the cosine classifier
@@ -47,7 +48,7 @@ class ReIDConfig:
     def __post_init__(self):
         positive(self, "repeats", "steps", "batch", "learning_rate", "pictures", "margin")
         if self.folds < 2:
-            raise ValueError(f"reid.folds: {self.folds}, expected 2 or more")
+            raise UserError(f"reid.folds: {self.folds}, expected 2 or more")
 
 
 class Embedder(nn.Module):
@@ -160,6 +161,8 @@ def check(clips: Sequence[Crops], config: ReIDConfig, seed: int) -> list[Finding
                     scores[name][:, tried] += np.array(ranked(likeness, right, allowed)) / config.repeats
     valid = np.isfinite(scores["chance"][0])
     who, scores = who[valid], {name: values[:, valid] for name, values in scores.items()}
+    if len(np.unique(who)) < 2:
+        return [Finding("re-identification", None, "not checked: too few people are seen in two rooms")]
     return _findings(scores, who, config)
 
 
