@@ -21,7 +21,7 @@ COMMANDS = {
     "audit anonymization": ("anonymize.audit", "main", "look for leaks in a dataset, measure it against its originals"),
     "account": ("maskdp_jax.account", "main", "noise for an epsilon, epsilon for a noise"),
     "sweep": ("maskdp.sweep", "main", "a grid of runs, resumable"),
-    "report": ("maskdp.report", "main", "report.html from runs"),
+    "report": ("maskdp.report", "main", "report.html from runs, or of a dataset to sign off"),
 }
 
 

@@ -77,12 +77,13 @@ def audit(dataset: str, settings: AuditConfig) -> Iterator[Finding]:
     secret = secrets.token_bytes(32)
     if "canary" in rest:
         records = chosen(list(archive.records()), settings.canary.videos)
-        films = [film for film in map(archive.footage, records) if film]
+        films = filter(None, map(archive.footage, records))
         image = archive.settings.dataset.private_format
-        yield from canary.check(films, archive.settings, image, secret, settings.canary, settings.seed)
+        yield from canary.check(films, len(records), archive.settings, image, secret, settings.canary, settings.seed)
     if "accuracy" in rest:
-        films = [film for film in map(archive.film, chosen(list(archive.files.values()), settings.videos)) if film]
-        yield from accuracy.check(films, archive.settings, secret)
+        files = chosen(archive.filmed, settings.videos)
+        films = filter(None, map(archive.film, files))
+        yield from accuracy.check(films, len(files), archive.settings, secret)
     if {"reid", "utility"} & set(rest):
         clips = treatments.crops(archive, settings.size, settings.reid.pictures, settings.utility.frames)
         if "reid" in rest:

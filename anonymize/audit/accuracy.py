@@ -1,7 +1,7 @@
 """The finder and the fitter against the studio's truth, run again on recordings, quarantined ones among them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -79,11 +79,11 @@ def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a & b).sum((1, 2)) / np.maximum((a | b).sum((1, 2)), 1)
 
 
-def check(films: Sequence[Footage], settings: PipelineConfig, secret: bytes) -> list[Finding]:
-    """Recall, mask IoU and PA-MPJPE over the recordings."""
+def check(films: Iterable[Footage], count: int, settings: PipelineConfig, secret: bytes) -> list[Finding]:
+    """Recall, mask IoU and PA-MPJPE over at most `count` recordings."""
     anonymizer = Anonymizer(settings, secret)
     scores = []
-    with progress.bar("finder and fitter against the truth", len(films), "videos") as advance:
+    with progress.bar("finder and fitter against the truth", count, "videos") as advance:
         for film in films:
             scores.append(score(anonymizer, film))
             advance()

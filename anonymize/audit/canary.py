@@ -10,7 +10,7 @@ public layer must not change.
 import dataclasses
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import cv2
 import numpy as np
@@ -140,21 +140,23 @@ class Remembered:
 
 
 def check(
-    films: Sequence[Footage],
+    films: Iterable[Footage],
+    count: int,
     settings: PipelineConfig,
     private_format: str,
     secret: bytes,
     config: CanaryConfig,
     seed: int,
 ) -> list[Finding]:
-    """Both checks on the same recordings, with the settings and the encoding of the dataset."""
+    """Both checks on the same (at most `count`) recordings, with the settings and the encoding of the dataset."""
     anonymizer = Anonymizer(settings, secret)
     finder = anonymizer.finder
     places = {name: Correlator(config) for name in ("recording", "public colour", "alpha", "private layer")}
     rng = np.random.default_rng(seed)
-    written = same = compared = 0
-    with progress.bar("canary and non-interference", len(films), "videos") as advance:
+    total = written = same = compared = 0
+    with progress.bar("canary and non-interference", count, "videos") as advance:
         for film in films:
+            total += 1
             coins = rng.choice([-1.0, 1.0], [side // config.block for side in film.frames.shape[1:3]])
             changed = painted(film, coins, config)
             anonymizer.finder = finder
@@ -194,7 +196,7 @@ def check(
             "the same canary in the recordings themselves: found",
             powerful,
             f"correlation {control.correlation:+.4f}, false alarm ≤ {control.false_alarm:.2g}; "
-            f"{written} of {len(films)} painted videos are written",
+            f"{written} of {total} painted videos are written",
             {"correlation": control.correlation, "false_alarm": control.false_alarm, "videos": written},
         )
     )
@@ -202,8 +204,8 @@ def check(
         Finding(
             "every pixel of the recording made noise, people held fixed: the same public bytes",
             compared > 0 and same == compared,
-            f"{same} of {compared} clips the same; {len(films) - compared} quarantined, not compared",
-            {"same": same, "compared": compared, "videos": len(films)},
+            f"{same} of {compared} clips the same; {total - compared} quarantined, not compared",
+            {"same": same, "compared": compared, "videos": total},
         )
     )
     return findings

@@ -70,6 +70,11 @@ class Archive:
     def __len__(self) -> int:
         return sum(len(self.dataset[split]) for split in self.dataset.splits)
 
+    @property
+    def filmed(self) -> list[pathlib.Path]:
+        """The recordings whose truth is known."""
+        return [path for path in self.files.values() if _truth(path).exists()]
+
     def footage(self, record: layers.Record) -> Footage | None:
         """The recording of a stored clip; None where it or its truth is not there."""
         path = self.files.get(record.source)
@@ -77,8 +82,7 @@ class Archive:
 
     def film(self, path: pathlib.Path, number: int = 0, frames: int | None = None) -> Footage | None:
         """Clip `number` of a recording; None without a truth, or where that does not fit (frames were left out)."""
-        file = path.parent.parent / "truth" / f"{path.stem}.npz"
-        settings = self.settings.video
+        file, settings = _truth(path), self.settings.video
         if not file.exists() or settings.fps:
             return None
         parts = video.clips(path, short_side=settings.short_side, max_frames=settings.max_frames)
@@ -97,6 +101,10 @@ class Archive:
             truth.camera,
         )
         return Footage(clip.frames, truth, clip.fps)
+
+
+def _truth(path: pathlib.Path) -> pathlib.Path:
+    return path.parent.parent / "truth" / f"{path.stem}.npz"
 
 
 def _resized(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -11,7 +11,12 @@ from scipy.spatial.transform import Rotation
 from anonymize import studio, video
 from anonymize.audit import REPORT, accuracy, canary, findings, reidentify, stored, treatments, utility
 from anonymize.audit.footage import Archive, Footage
+from anonymize.body import Body
 from anonymize.config import AnonymizeConfig
+from anonymize.fit import Fit
+from anonymize.people import People, Person
+from anonymize.pipeline import Anonymizer
+from anonymize.wardrobe import Wardrobe
 from maskdp import cli, config, layers
 
 torch.set_num_threads(1)
@@ -176,7 +181,7 @@ class Naive:
 @pytest.mark.parametrize("reads_the_scene", [False, True])
 def test_an_avatar_in_the_colours_of_the_scene_breaks_non_interference(film, monkeypatch, reads_the_scene):
     monkeypatch.setattr(canary, "Anonymizer", lambda settings, secret: Naive(reads_the_scene))
-    found = canary.check([film], None, "jpeg", b"", canary.CanaryConfig(), 0)
+    found = canary.check([film], 1, None, "jpeg", b"", canary.CanaryConfig(), 0)
     same = next(finding for finding in found if "the same public bytes" in finding.check)
     assert same.holds == (not reads_the_scene)
 
@@ -266,6 +271,34 @@ def test_procrustes_error_forgets_rotation_scale_and_place_but_no_mirror():
     moved = joints.copy()
     moved[:, 0] += [0.5, 0, 0]
     assert (accuracy.procrustes_error(moved, joints) <= 0.5).all()
+
+
+@pytest.mark.parametrize("missed", [False, True])
+def test_a_perfect_finder_and_fit_score_perfectly_and_a_missed_person_counts(film, missed):
+    """The second of two people is either found, too, or missed."""
+    both = dataclasses.replace(
+        film.truth,
+        masks=np.concatenate([film.truth.masks, film.truth.masks[..., ::-1] & ~film.truth.masks]),
+        poses=film.truth.poses * 2,
+        betas=np.repeat(film.truth.betas, 2, 0),
+    )
+    total = len(film.frames)
+    persons = tuple(
+        Person(k, mask.any((1, 2)), np.zeros((total, 4)), mask, np.zeros((total, 14, 3)))
+        for k, mask in enumerate(both.masks[: 1 if missed else 2])
+    )
+    removal = np.any([person.masks for person in persons], 0)
+    found = People(persons, removal, True, None, None, "a doubt" if missed else None, {})
+    anonymizer = Anonymizer.__new__(Anonymizer)
+    anonymizer.config, anonymizer.body, anonymizer.wardrobe = AnonymizeConfig(out="out"), Body(), Wardrobe(b"7" * 16)
+    anonymizer.finder = type("Fixed", (), {"find": lambda self, frames, fps: found})()
+    anonymizer.fitter = lambda person, camera, betas: Fit(both.poses[0], np.ones(total, bool), np.ones(total))
+    scores = accuracy.score(anonymizer, dataclasses.replace(film, truth=both))
+    expected = [1.0] * total + [0.0 if missed else 1.0] * total
+    assert scores.removed == scores.tracked == expected
+    assert scores.iou == [1.0] * len(persons) * total
+    assert max(scores.error) < 0.03  # the same pose; only the body's shape is another
+    assert scores.doubt == missed
 
 
 def test_interval_covers_the_mean_and_widens_with_dependent_values():
