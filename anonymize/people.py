@@ -117,6 +117,8 @@ class EmbeddedConfig(FinderConfig):
         max_elsewhere: mean part of the picture that may move away from any person.
         least_agreement: overlap (IoU) of what the network sees at its two heights.
         looks: frames in which HOG and the face detector look for people.
+        least_peak: a joint whose heat map peaks lower is not believed. The embedded network's joints lie at the median
+            a seventh of the person's height off, with lower peaks as with higher ones, and poses are better without.
     """
 
     every: int = 3
@@ -129,6 +131,7 @@ class EmbeddedConfig(FinderConfig):
     max_elsewhere: float = 0.02
     least_agreement: float = 0.3
     looks: int = 6
+    least_peak: float = 0.75
 
     def __post_init__(self):
         positive(self, "every", "threshold", "sure", "margin", "max_people", "max_removed")
@@ -169,7 +172,7 @@ class EmbeddedFinder:
         background, known = cues.background_model(frames, removal)
         removal |= ~known | _left_behind(background, known, margin)
         background, known = cues.background_model(frames, removal)
-        persons = tuple(_person(number, track, votes) for number, track in enumerate(tracks))
+        persons = tuple(_person(number, track, votes, config.least_peak) for number, track in enumerate(tracks))
         notes = {
             "removed": round(float(removal.mean()), 4),
             "known": round(float(known.mean()), 4),
@@ -421,8 +424,8 @@ def _fill_holes(removal: np.ndarray, largest: float = 0.02) -> None:
         mask |= small[labels]
 
 
-def _person(number: int, track: _Track, votes: _Votes) -> Person:
-    """The finished track with the joints that the heat maps show inside its boxes."""
+def _person(number: int, track: _Track, votes: _Votes, least_peak: float) -> Person:
+    """The finished track with the joints that the heat maps show inside its boxes, confidence 0 below `least_peak`."""
     height, width = track.masks.shape[1:]
     joints = np.zeros((len(track.present), len(person_net.JOINTS), 3), np.float32)
     for t in np.flatnonzero(track.present):
@@ -434,5 +437,6 @@ def _person(number: int, track: _Track, votes: _Votes) -> Person:
         inside = heat[:, y0:y1, x0:x1].reshape(len(heat), -1)
         rows, columns = np.divmod(inside.argmax(1), min(x1, heat.shape[2]) - x0)
         joints[t, :, :2] = (np.stack([columns + x0, rows + y0], 1) + 0.5) * scale
-        joints[t, :, 2] = inside.max(1).clip(0, 1)
+        peaks = inside.max(1).clip(0, 1)
+        joints[t, :, 2] = np.where(peaks < least_peak, 0, peaks)
     return Person(number, track.present, track.boxes, track.masks, joints)

@@ -19,9 +19,10 @@ COMMANDS = {
     "predict": ("maskdp_jax.evaluate", "predict_main", "class of each clip"),
     "export": ("maskdp_jax.export", "main", "the model without secrets, as an Orbax checkpoint"),
     "audit": ("maskdp_jax.audit", "main", "try to break the claims of a dataset or a run"),
+    "audit anonymization": ("anonymize.audit", "main", "look for leaks in a dataset, measure it against its originals"),
     "account": ("maskdp_jax.account", "main", "noise for an epsilon, epsilon for a noise"),
     "sweep": ("maskdp.sweep", "main", "a grid of runs, resumable"),
-    "report": ("maskdp.report", "main", "report.html from runs"),
+    "report": ("maskdp.report", "main", "report.html from runs, or of a dataset to sign off"),
 }
 
 
@@ -42,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[0] in ("-V", "--version"):
         print(__version__)
         return 0
-    name, rest = arguments[0], arguments[1:]
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    name, rest = " ".join(arguments[:words]), arguments[words:]
     if name not in COMMANDS:
         print(f"maskdp: no command {name!r}; one of: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2

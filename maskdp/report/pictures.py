@@ -121,22 +121,22 @@ def filmstrips(dataset: layers.Dataset, videos: str | pathlib.Path | None, count
     """
     splits = sorted(dataset.splits, key=lambda name: name != "test")
     clips = (record for split in splits for record in dataset[split])
-    records = varied((record for record in clips if _number(record) == 0), count)
+    records = varied((record for record in clips if clip_number(record) == 0), count)
     found = videos_by_hash([pathlib.Path(videos)], [record.source for record in records]) if videos else {}
-    originals = [_original(found.get(record.source), record) for record in records]
+    originals = [source_frames(found.get(record.source), record) for record in records]
     if any(original is None for original in originals):
         originals = [None] * len(records)
     names = [dataset.labels[record.label] if record.label >= 0 else record.video_id for record in records]
     return [filmstrip(*each) for each in zip(records, names, originals)]
 
 
-def _number(record: layers.Record) -> int:
+def clip_number(record: layers.Record) -> int:
     """Place of the clip in its video: the running number that ends its id."""
     digits = record.clip_id.rsplit("-", 1)[-1]
     return int(digits) if digits.isdigit() else 0
 
 
-def _original(path: pathlib.Path | None, record: layers.Record) -> UInt8[np.ndarray, "t h w 3"] | None:
+def source_frames(path: pathlib.Path | None, record: layers.Record) -> UInt8[np.ndarray, "t h w 3"] | None:
     """The frames of the source that the video's first clip was made of."""
     if path is None:
         return None

@@ -1,4 +1,4 @@
-"""Models and diffusion pipelines with tiny random weights, built offline from the libraries' own classes and saved to folders."""
+"""Models and pipelines with tiny random weights, built offline from the libraries' own classes, saved to folders."""
 
 import functools
 import json

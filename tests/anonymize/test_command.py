@@ -88,25 +88,35 @@ def test_bad_files_beside_a_good_one(tmp_path, capfd):
     good = film(tmp_path / "good.mp4")
     whole = film(tmp_path / "whole.mp4", "walk", frames=30).read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+    middle = whole.index(b"mdat") + (whole.index(b"moov") - whole.index(b"mdat")) // 2
+    noise = np.random.default_rng(0).bytes(200)
+    (tmp_path / "damaged.mp4").write_bytes(whole[:middle] + noise + whole[middle + len(noise) :])
     (tmp_path / "text.mp4").write_text("this is not a video\n" * 50)
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 16000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode(None))
     with av.open(str(tmp_path / "frameless.mkv"), "w") as container:
         stream = container.add_stream("ffv1", rate=25)
         stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
         container.start_encoding()
     film(tmp_path / "nobody.mp4", None)
-    bad = [str(tmp_path / name) for name in ("cut.mp4", "text.mp4", "frameless.mkv", "nobody.mp4", "missing.mp4")]
+    names = ("cut.mp4", "damaged.mp4", "text.mp4", "sound.mp4", "frameless.mkv", "nobody.mp4", "missing.mp4")
+    bad = [str(tmp_path / name) for name in names]
     out = tmp_path / "out"
     assert cli.main(["anonymize", *bad, str(good), "--out", str(out), *SMALL]) == 1
     said = capfd.readouterr()
     assert "Traceback" not in said.err
     for path in bad:
         assert len([line for line in said.err.splitlines() if path in line]) == 1, path
-    assert "1 clips written, 1 quarantined, 3 files failed" in said.out
+    assert "1 clips written, 1 quarantined, 5 files failed" in said.out
     assert "quarantined 1: no person found" in said.out
     dataset = layers.Dataset(out)
     assert [clip.source for clip in dataset["train"]] == [video.sha256(good)]
     assert not list((out / "work").glob(".*"))  # nothing half written is left
-    assert sorted(r["status"] for r in records(out)) == ["failed"] * 3 + ["quarantined", "written"]
+    assert sorted(r["status"] for r in records(out)) == ["failed"] * 5 + ["quarantined", "written"]
     assert str(tmp_path) not in (out / "manifest.jsonl").read_text()
     assert (out / "sheets" / f"{dataset['train'][0].clip_id}.jpg").exists()
 

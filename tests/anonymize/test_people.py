@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from anonymize import motions
+from anonymize import motions, people, person_net
 from anonymize.body import Body
 from anonymize.camera import Camera
 from anonymize.people import EmbeddedFinder
@@ -99,3 +99,14 @@ def test_a_moving_camera_is_a_doubt_and_all_is_removed(room):
     assert "camera" in people.doubt
     assert people.removal.all()
     assert not people.static_camera
+
+
+def test_a_joint_that_is_hardly_seen_is_not_believed():
+    heat = np.zeros((len(person_net.JOINTS), 8, 8), np.float32)
+    heat[0, 2, 3], heat[1, 5, 4] = 0.9, 0.6
+    track = people._Track((1, 16, 16))
+    track.add(0, np.ones((16, 16), bool), np.array([0, 0, 16, 16], np.float32), np.ones((16, 16), bool))
+    votes = people._Votes(1, np.array([0]), np.zeros((1, 16, 16), np.float16), [heat], 1.0)
+    confidence = people._person(0, track, votes, least_peak=0.75).joints[0, :, 2]
+    assert confidence[0] == pytest.approx(0.9)
+    assert not confidence[1:].any()

@@ -6,6 +6,7 @@ import io
 import json
 import pathlib
 import re
+import shutil
 import socket
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 
 from maskdp import layers, report
 from maskdp.errors import UserError
-from maskdp.report import anonymization, page, pictures, runs
+from maskdp.report import anonymization, page, pictures, review, runs
 
 LABELS = ("wave", "clap", "sit_down")
 
@@ -48,7 +49,7 @@ def write_data(folder):
         )
     layers.write_dataset(folder / "data", {"train": clips[:2], "test": clips}, LABELS)
     figures = {"people": 1, "frames": 8, "frames_without_pose": 2, "frames_blanked": 0, "iou": 0.75}
-    written = [{"status": "written", "reason": None, **figures}] * 3
+    written = [{"clip_id": "v0-000", "status": "written", "reason": None, **figures}] * 3
     doubts = ("no person found", "no person found", "51% of the frames are blank", "72% of the frames are blank")
     refused = [{"status": "quarantined", "reason": reason, **figures} for reason in doubts]
     refused.append({"status": "failed", "reason": "not a video: /home/lab/a.mp4", "source": None})
@@ -240,3 +241,82 @@ def test_a_metrics_line_cut_off_by_a_kill_is_passed_over(tmp_path):
     with open(tmp_path / "run" / runs.METRICS, "a") as metrics:
         metrics.write('{"step": 310, "accur')
     assert runs.load(tmp_path / "run").metrics == whole
+
+
+# ------------------------------------------------------------------------------------------- the page of a dataset
+
+
+def write_review(folder, tmp_path, overlaps=(0.9, 0.4, None), audit=None):
+    """The dataset of `folder` with these fits and this audit, and the page of it."""
+    data = tmp_path / "data"
+    shutil.copytree(folder / "data", data)
+    figures = {"people": 1, "frames": 8, "frames_without_pose": 0, "frames_blanked": 1, "reason": None}
+    records = [{"clip_id": f"v{i}-000", "status": "written", "iou": v, **figures} for i, v in enumerate(overlaps)]
+    (data / anonymization.MANIFEST).write_text("".join(json.dumps(record) + "\n" for record in records))
+    if audit:
+        (data / review.AUDIT).write_text(json.dumps(audit | {"dataset": audit["dataset"] or fingerprint(data)}))
+    out = tmp_path / "review.html"
+    arguments = [str(data), "--videos", str(folder / "videos"), "--out", str(out)]
+    assert report.main(arguments) == 0
+    return out.read_text()
+
+
+def fingerprint(data):
+    return layers.Dataset(data).fingerprint()
+
+
+LEAK = {
+    "check": "nobody seen",
+    "holds": False,
+    "seen": "somebody in v0-000",
+    "figures": {"seen_in": ["v0-000"], "nobody": ["v1-000"]},
+}
+
+
+def test_clips_without_a_fit_and_of_the_worst_fit_come_first(folder, tmp_path):
+    html = write_review(folder, tmp_path)
+    articles = re.findall(r'<article class="clip[^"]*" id="([^"]+)"', html)
+    assert articles == ["v2-000", "v1-000", "v1-000", "v0-000", "v0-000"]  # of both splits
+    assert re.findall(r"fit ([\d.–]+)", html) == ["–", "0.40", "0.40", "0.90", "0.90"]
+    assert "1 frames blanked" in html
+    assert "No audit was made" in html
+    assert str(tmp_path) not in html
+
+
+def test_a_sheet_shows_recording_private_layer_and_composite(folder, tmp_path):
+    html = write_review(folder, tmp_path)
+    for rows in re.findall(r"<ol>(.*?)</ol>", html):
+        assert re.findall(r"<li>(.*?)</li>", rows) == ["recording", "private layer", "as published"]
+    record = layers.Dataset(folder / "data")["test"][0]
+    picture, _ = review.sheet(record, None)
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture.split(",")[1]))).convert("RGB")).astype(int)
+    clip, height = record.clip(), review.HEIGHT
+    first = np.asarray(Image.fromarray(clip.private[0]).resize((image.shape[1] // review.COLUMNS, height)))
+    assert np.abs(image[:height, : first.shape[1]] - first).mean() < 8
+    assert image[height:, : first.shape[1]].mean((0, 1))[0] > image[:height, : first.shape[1]].mean((0, 1))[0] + 5
+
+
+def test_what_the_audit_found_is_on_the_page_and_marks_the_clips(folder, tmp_path):
+    html = write_review(folder, tmp_path, audit={"findings": [LEAK], "dataset": None})
+    assert "somebody in v0-000" in html
+    assert "0 of 1 bounds hold" in html
+    assert '<td class="fails">fails</td>' in html
+    assert html.count('class="clip suspect"') == 4
+    assert html.count("somebody is seen in the private layer") == 2
+
+
+def test_an_audit_of_another_dataset_is_not_shown(folder, tmp_path):
+    html = write_review(folder, tmp_path, audit={"findings": [LEAK], "dataset": "0" * 64})
+    assert "another state" in html
+    assert "somebody in v0-000" not in html
+
+
+def test_clips_left_out_of_the_page_are_said(folder, tmp_path):
+    assert "Only 2 of 5" in report.render_review(folder / "data", None, 2)
+
+
+def test_a_broken_audit_is_one_line(folder, tmp_path):
+    shutil.copytree(folder / "data", tmp_path / "data")
+    (tmp_path / "data" / review.AUDIT).write_text("{}")
+    with pytest.raises(UserError, match=r"audit\.json: cannot be read"):
+        report.render_review(tmp_path / "data", None, 2)
