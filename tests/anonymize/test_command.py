@@ -221,7 +221,7 @@ def test_a_manifest_of_a_spreadsheet_is_read(tmp_path):
 
 @pytest.mark.skipif(not os.path.isdir("/sys"), reason="a folder that nobody can write, root neither: /sys of Linux")
 def test_a_folder_that_cannot_be_written_is_one_line(films, capfd):
-    assert cli.main(["anonymize", str(films), "--out", "/sys/out"]) == 2
+    assert cli.main(["anonymize", str(films), "--out", "/sys/out", "--finder.type", "embedded"]) == 2
     (said,) = capfd.readouterr().err.splitlines()
     assert said.startswith("maskdp anonymize: /sys/out: ")
 
@@ -264,7 +264,7 @@ def test_a_full_disk_is_one_line_and_with_more_room_the_run_goes_on(films, disk,
     folder, resize = disk
     out = folder / "out"
     arguments = ["anonymize", str(films), "--out", str(out), "--workers", workers, *SMALL]
-    arguments += ["--dataset.private_format", "png"]
+    arguments += ["--dataset.private_format", "png", "--finder.type", "embedded"]
 
     def anonymize() -> int:
         return cli.main(arguments) if workers == "1" else run(*arguments[1:]).wait()
