@@ -238,7 +238,7 @@ class Scattered(Countable):
         scattered = [i for i in range(self.rows.aval.ndim) if i not in windows]
         products = _self_products(_positions(arrays[self.rows], (), scattered))[:, 0]
         same = (index[:, :, None] == index[:, None, :]) & inside[:, :, None] & inside[:, None, :]
-        total = jnp.trace(products, axis1=1, axis2=2)
+        total = jnp.sum(jnp.where(inside, jnp.diagonal(products, axis1=1, axis2=2), 0), 1)
         return jnp.sum(jnp.where(same, products, 0), (1, 2)) + _slack(total * index.shape[1])
 
 
