@@ -175,9 +175,19 @@ def _seen_again(frames: np.ndarray, blanked: np.ndarray, painted: np.ndarray) ->
     """Why somebody may still be visible in the finished frames, or None. What was `painted` (T, H, W) is nobody."""
     shown = np.flatnonzero(~blanked)
     for t in shown[cues.sample_times(len(shown), LOOKS)]:
-        frame = frames[t]
-        likely = (person_net.still_person(person_net.load(), frame) > 0.5) & ~painted[t]
-        pieces = cv2.connectedComponentsWithStats(likely.astype(np.uint8))[2][1:, cv2.CC_STAT_AREA]
-        if pieces.max(initial=0) > SEEN_AGAIN * likely.size or len(cues.hog_people(frame)) or len(cues.faces(frame)):
+        if any(detectors(frames[t], painted[t]).values()):
             return f"somebody may still be seen in frame {t} after the removal"
     return None
+
+
+def detectors(frame: np.ndarray, painted: np.ndarray | None = None) -> dict[str, bool]:
+    """Whether the person network, HOG and the face detector see somebody; the network not in what was `painted`."""
+    likely = person_net.still_person(person_net.load(), frame) > 0.5
+    if painted is not None:
+        likely &= ~painted
+    pieces = cv2.connectedComponentsWithStats(likely.astype(np.uint8))[2][1:, cv2.CC_STAT_AREA]
+    return {
+        "network": bool(pieces.max(initial=0) > SEEN_AGAIN * likely.size),
+        "HOG": len(cues.hog_people(frame)) > 0,
+        "faces": len(cues.faces(frame)) > 0,
+    }

@@ -8,7 +8,7 @@ from scipy.optimize import linear_sum_assignment
 
 from anonymize import motions
 from anonymize.audit.findings import Finding, interval
-from anonymize.audit.footage import Footage
+from anonymize.audit.footage import Footage, mask_iou
 from anonymize.camera import Camera
 from anonymize.config import PipelineConfig
 from anonymize.pipeline import Anonymizer, identity_key
@@ -47,7 +47,7 @@ def score(anonymizer: Anonymizer, film: Footage) -> Scores:
     truth = film.truth
     removed, tracked, ious, errors = [], [], [], []
     overlap = np.array(
-        [[_iou(person.masks, mask).mean() for person in people.persons] for mask in truth.masks]
+        [[mask_iou(person.masks, mask).mean() for person in people.persons] for mask in truth.masks]
     ).reshape(len(truth.masks), len(people.persons))
     partner = dict(zip(*linear_sum_assignment(-overlap)))
     camera = Camera.default(film.frames.shape[2], film.frames.shape[1])
@@ -61,7 +61,7 @@ def score(anonymizer: Anonymizer, film: Footage) -> Scores:
         person = people.persons[partner[index]]
         tracked += person.present[there].astype(float).tolist()
         outlined = there & person.masks.any((1, 2))
-        ious += _iou(person.masks[outlined], mask[outlined]).tolist()
+        ious += mask_iou(person.masks[outlined], mask[outlined]).tolist()
         key = identity_key("audit", person.track_id, (), anonymizer.config.avatar)
         betas = anonymizer.wardrobe.identity(key).betas
         fit = anonymizer.fitter(person, camera, betas)
@@ -73,10 +73,6 @@ def score(anonymizer: Anonymizer, film: Footage) -> Scores:
             )
             errors += procrustes_error(mine, theirs).tolist()
     return Scores(removed, tracked, ious, errors, people.doubt is not None)
-
-
-def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (a & b).sum((1, 2)) / np.maximum((a | b).sum((1, 2)), 1)
 
 
 def check(films: Iterable[Footage], count: int, settings: PipelineConfig, secret: bytes) -> list[Finding]:

@@ -111,6 +111,11 @@ def _resized(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) > 0
 
 
+def mask_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Overlap (T,) of two masks, (T, H, W) or (H, W) bool, in every frame: intersection over union."""
+    return (a & b).sum((-2, -1)) / np.maximum((a | b).sum((-2, -1)), 1)
+
+
 def chosen(items: Sequence, count: int) -> list:
     """At most `count` of the items, spread evenly."""
     return [items[index] for index in sample_times(len(items), count)] if items else []

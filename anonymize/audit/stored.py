@@ -5,10 +5,10 @@ import dataclasses
 import cv2
 import numpy as np
 
-from anonymize import cues, person_net
+from anonymize import cues
 from anonymize.audit.findings import Finding, interval
-from anonymize.audit.footage import Archive, Footage
-from anonymize.removal import SEEN_AGAIN
+from anonymize.audit.footage import Archive, Footage, mask_iou
+from anonymize.removal import detectors
 from maskdp import layers, progress
 
 DISTINCT = 40  # grey levels between a person and the empty room, in a pixel that can tell one from the other
@@ -39,17 +39,6 @@ class Seen:
     flicker: np.ndarray | None = None
 
 
-def detectors(frame: np.ndarray) -> dict[str, bool]:
-    """Whether the person network, HOG and the face detector see somebody, as the removal looks for them."""
-    likely = (person_net.still_person(person_net.load(), frame) > 0.5).astype(np.uint8)
-    pieces = cv2.connectedComponentsWithStats(likely)[2][1:, cv2.CC_STAT_AREA]
-    return {
-        "network": bool(pieces.max(initial=0) > SEEN_AGAIN * likely.size),
-        "HOG": len(cues.hog_people(frame)) > 0,
-        "faces": len(cues.faces(frame)) > 0,
-    }
-
-
 def look(record: layers.Record, footage: Footage | None, looks: int) -> Seen:
     """Looks at one clip; the detectors at `looks` of its frames."""
     rgba, private = record.layers(range(record.frames))
@@ -67,7 +56,7 @@ def look(record: layers.Record, footage: Footage | None, looks: int) -> Seen:
         record.video_id,
         people,
         np.array([still_shown(footage, private, t) for t in shown]),
-        np.array([_iou(rgba[t, ..., 3] >= 128, footage.people[t]) for t in shown]),
+        mask_iou(rgba[shown, ..., 3] >= 128, footage.people[shown]),
         flicker(footage, private),
     )
 
@@ -89,10 +78,6 @@ def flicker(footage: Footage, private: np.ndarray) -> np.ndarray:
     inside = footage.people[1:] & footage.people[:-1]
     change, own = (np.abs(np.diff(video.astype(int), axis=0)).mean(-1) for video in (private, footage.frames))
     return np.array([change[~near].mean(), change[inside].mean() if inside.any() else np.nan, own[~near].mean()])
-
-
-def _iou(a: np.ndarray, b: np.ndarray) -> float:
-    return float((a & b).sum() / max((a | b).sum(), 1))
 
 
 def check(archive: Archive, looks: int) -> list[Finding]:
