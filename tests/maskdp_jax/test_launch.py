@@ -34,8 +34,9 @@ def test_two_processes_of_two_devices_are_one_of_four(toy, dataset, tmp_path):
     first, second = (checkpoint.load(tmp_path / name).weights for name in ("one", "two"))
     for name in first.theta:
         np.testing.assert_allclose(second.theta[name], first.theta[name], atol=1e-5)
-    np.testing.assert_allclose(second.head["kernel"], first.head["kernel"], rtol=1e-4, atol=1e-5)
-    assert np.abs(first.head["kernel"]).max() > 0.01
+    # The head starts at zero and is all noise and batches: of another draw it would be off by its own length.
+    head = first.head["kernel"]
+    assert np.linalg.norm(second.head["kernel"] - head) < 1e-3 * np.linalg.norm(head)
 
 
 @pytest.mark.parametrize("words", [[], ["x", "train"], ["0", "train"]])
