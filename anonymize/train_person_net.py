@@ -580,8 +580,10 @@ def overlap(net: person_net.PersonNet, data: dict[str, torch.Tensor], motion: bo
     return both / either
 
 
-def train(renders: Renders, minutes: float, seed: int, out: pathlib.Path) -> None:
+def train(renders: Renders, minutes: float, seed: int, half: bool, out: pathlib.Path) -> None:
     """Trains for a time (AdamW, cosine schedule; pictures at 64, then 96, then 128 pixels) and writes the weights.
+
+    `half`: convolutions in bfloat16, a third faster on a CPU that multiplies it.
 
     It starts on the first eighth of the renders and takes in the others as they come; the first shard is held out. What
     is written, at the end and every two minutes, is the exponential mean of the weights.
@@ -602,9 +604,11 @@ def train(renders: Renders, minutes: float, seed: int, out: pathlib.Path) -> Non
             for group in optimizer.param_groups:
                 group["lr"] = rate
             index = torch.randint(SHARD, len(data["rgb"]), (size,), generator=generator)
-            side = 64 if spent < 0.4 else 96 if spent < 0.8 else SIDE
+            side = 64 if spent < 0.25 else 96 if spent < 0.6 else SIDE
             x, mask, joints = augmented({name: values[index] for name, values in data.items()}, side, generator)
-            loss = loss_function(*net(x.contiguous(memory_format=torch.channels_last)), mask, joints)
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                logits, heat = net(x.contiguous(memory_format=torch.channels_last))
+            loss = loss_function(logits.float(), heat.float(), mask, joints)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 5)
@@ -639,12 +643,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=33)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--bfloat16", action="store_true", help="for CPUs that multiply it")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with concurrent.futures.ProcessPoolExecutor(arguments.workers) as pool:
         renders = Renders(pool, arguments.renders, arguments.pictures, arguments.seed)
-        train(renders, arguments.minutes, arguments.seed, arguments.out)
+        train(renders, arguments.minutes, arguments.seed, arguments.bfloat16, arguments.out)
 
 
 if __name__ == "__main__":
