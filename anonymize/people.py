@@ -19,6 +19,7 @@ from anonymize.camera import Camera
 from anonymize.pose import Pose
 from maskdp.config import positive
 
+_BELOW = 0.3  # of their height: what may be missing below the outline of somebody who stays where they are
 LEAST_STIR = 0.05  # part of a person's outline that changes within a quarter of a second, on average
 
 
@@ -117,8 +118,7 @@ class EmbeddedConfig(FinderConfig):
         max_elsewhere: mean part of the picture that may move away from any person.
         least_agreement: overlap (IoU) of what the network sees at its two heights.
         looks: frames in which HOG and the face detector look for people.
-        least_peak: a joint whose heat map peaks lower is not believed. The embedded network's joints lie at the median
-            a seventh of the person's height off, with lower peaks as with higher ones, and poses are better without.
+        least_peak: a joint whose heat map peaks lower is not believed.
     """
 
     every: int = 3
@@ -131,7 +131,7 @@ class EmbeddedConfig(FinderConfig):
     max_elsewhere: float = 0.02
     least_agreement: float = 0.3
     looks: int = 6
-    least_peak: float = 0.75
+    least_peak: float = 0.3
 
     def __post_init__(self):
         positive(self, "every", "threshold", "sure", "margin", "max_people", "max_removed")
@@ -398,10 +398,11 @@ def _lasting(frames: np.ndarray, track: _Track, unseen: np.ndarray, margin: floa
     """(H, W) bool: the whole of somebody large who stays where they are, so that nothing was ever seen behind them.
 
     There motion does not correct the network, so GrabCut adds what continues the outline in colour, and what reaches
-    near the lower edge of the picture is taken to reach it. Empty for those who leave their place.
+    near the lower edge of the picture is taken to reach it. Shins, feet and hems are what the network misses first, so
+    a box of `_BELOW` of the person's height is added below. Empty for those who leave their place.
     """
     height, width = unseen.shape
-    whole = np.zeros((height, width), bool)
+    whole, below = np.zeros((2, height, width), bool)
     times = np.flatnonzero(track.masks.any((1, 2)))
     for t in times[cues.sample_times(len(times), 3)] if len(times) else ():
         mask = track.masks[t]
@@ -412,8 +413,13 @@ def _lasting(frames: np.ndarray, track: _Track, unseen: np.ndarray, margin: floa
         seed = np.select([core, mask, near], [0.95, 0.6, 0.3], 0.0).astype(np.float32)
         seed[~near & (np.arange(height)[:, None] > 0.85 * height) & near.any(0)] = 0.3
         whole |= cues.dilated(cues.grabcut(frames[t], seed), 2 * margin)
+        rows = np.flatnonzero(mask.any(1))
+        more = _BELOW * np.ptp(rows)
+        columns = np.flatnonzero(mask[int(rows[-1] - more) :].any(0))
+        left, right = int(max(columns[0] - 3 * margin, 0)), int(columns[-1] + 3 * margin) + 1
+        below[int(rows[-1] - more) : int(rows[-1] + more) + 1, left:right] = True
     reach = whole & (np.arange(height)[:, None] > 0.8 * height)
-    return whole | np.maximum.accumulate(reach, axis=0)
+    return whole | below | np.maximum.accumulate(reach, axis=0)
 
 
 def _fill_holes(removal: np.ndarray, largest: float = 0.02) -> None:

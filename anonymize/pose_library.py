@@ -17,11 +17,15 @@ BODY_JOINTS = 22
 KEYPOINTS = (12, 16, 17, 18, 19, 20, 21, 1, 2, 4, 5, 7, 8)
 """SMPL-X joints of a person's keypoints (`person_net.JOINTS`) after the first, the nose, which is no joint."""
 
+PAIRS = tuple((left, left + 1) for left in range(2, 14, 2))
+"""Keypoints that a finder may take for each other, left for right."""
+
 _SEED = 7
 _SIDE, _MARGIN = 32, 2  # of the canvas on which silhouettes are compared, pixels
 _IN_VIEW = (0.72, 0.55, 0.42, 0.3)  # share of the height in view, where the picture's lower edge cuts the person
 _UNUSUAL = 0.1  # weight of the prior against overlap
 _CUT = 0.08  # cost of taking the picture's lower edge to hide the rest of a body
+_CROSSED = 0.03  # cost, in extents, of taking a finder's left for right
 _CANDIDATES = 40  # poses kept a frame
 _EDGE = 2  # pixels; a mask this near to the picture's edge is taken to be cut by it
 
@@ -217,14 +221,32 @@ def _normalised_mask(mask: np.ndarray, centre: torch.Tensor, extent: torch.Tenso
 
 
 def _keypoint_cost(joints: torch.Tensor, centre: torch.Tensor, extent: torch.Tensor, library: torch.Tensor):
-    """Mean distance (T, N) between found and library keypoints, in extents, weighted by confidence."""
+    """Mean distance (T, N) between found and library keypoints, in extents, weighted by confidence.
+
+    A finder sees well where a limb is and less well whose left it is: each pair counts the way round that fits.
+    """
     found = (joints[..., :2] - centre[:, None]) / extent[:, None, None]
     weight = joints[..., 2].clamp(0, 1)
     found = found.masked_fill(weight[..., None] == 0, 0.0)
-    total = torch.zeros(len(joints), len(library))
-    for k in range(found.shape[1]):
-        total += weight[:, k, None] * torch.cdist(found[:, k], library[:, k]).clamp_max(0.5)
-    return 2 * total / found.shape[1]
+
+    def cost(k: int, of: int) -> torch.Tensor:
+        return weight[:, k, None] * torch.cdist(found[:, k], library[:, of]).clamp_max(0.5)
+
+    total = cost(0, 0) + cost(1, 1)
+    for left, right in PAIRS:
+        crossed = cost(left, right) + cost(right, left) + _CROSSED * weight[:, [left, right]].sum(1, keepdim=True)
+        total += torch.minimum(cost(left, left) + cost(right, right), crossed)
+    return 0.8 * total / found.shape[1]
+
+
+def uncrossed(joints: torch.Tensor, posed: torch.Tensor) -> torch.Tensor:
+    """Found keypoints (T, 14, 3) with every pair the way round that is nearer to those of a pose, (T, 14, 2) pixels."""
+    joints = joints.clone()
+    for pair in PAIRS:
+        here, there = joints[:, pair, :2], posed[:, pair]
+        turned = (here.flip(1) - there).norm(dim=2).sum(1) < (here - there).norm(dim=2).sum(1)
+        joints[:, pair] = torch.where(turned[:, None, None], joints[:, pair].flip(1), joints[:, pair])
+    return joints
 
 
 def _best_path(cost: torch.Tensor, joints: torch.Tensor, facing: torch.Tensor, log_depth: torch.Tensor):

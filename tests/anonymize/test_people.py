@@ -110,3 +110,20 @@ def test_a_joint_that_is_hardly_seen_is_not_believed():
     confidence = people._person(0, track, votes, least_peak=0.75).joints[0, :, 2]
     assert confidence[0] == pytest.approx(0.9)
     assert not confidence[1:].any()
+
+
+def test_feet_that_the_network_misses_go_with_somebody_who_stays():
+    """The outline ends at the shins, and the floor was never seen behind them: a box below is removed, too."""
+    frames = np.full((6, 120, 80, 3), 120, np.uint8)
+    frames[:, 20:70, 30:50] = (150, 40, 40)
+    frames[:, 70:88, 33:37] = frames[:, 70:88, 43:47] = 118  # legs of the floor's colour
+    outline = np.zeros((120, 80), bool)
+    outline[20:70, 30:50] = True
+    track = people._Track(frames.shape[:3])
+    for t in range(len(frames)):
+        track.add(t, outline, np.array([30, 20, 50, 70], np.float32), outline)
+    lasting = people._lasting(frames, track, outline, margin=1.5)
+    assert lasting[20:84, 30:50].all()
+    assert not lasting[110:].any()
+    left = people._lasting(frames, track, np.zeros_like(outline), margin=1.5)  # the place was seen empty
+    assert not left.any()
