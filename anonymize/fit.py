@@ -21,7 +21,7 @@ from anonymize.body import Body
 from anonymize.camera import Camera
 from anonymize.people import Person
 from anonymize.pose import Pose
-from anonymize.pose_library import BODY_JOINTS, KEYPOINTS, Found, PoseLibrary, uncrossed
+from anonymize.pose_library import BODY_JOINTS, Found, PoseLibrary, keypoints, uncrossed
 from anonymize.render import silhouette
 from maskdp import config as settings
 
@@ -170,8 +170,8 @@ def _refine(
     if joints is not None:
         with torch.no_grad():
             _, body_joints, nose = surface(found.angles)
-            posed = torch.cat([nose[:, None], body_joints[:, KEYPOINTS]], 1) + found.transl[:, None]
-            joints = uncrossed(torch.as_tensor(joints, dtype=torch.float32), camera.project(posed))
+            posed = camera.project(keypoints(body_joints, nose) + found.transl[:, None])
+            joints = uncrossed(torch.as_tensor(joints, dtype=torch.float32), posed)
         confidence = joints[..., 2].clamp(0, 1)
         joints = joints[..., :2].masked_fill(confidence[..., None] == 0, 0.0)
     adjacent = torch.from_numpy(np.diff(times) == 1).float()[:, None, None]
@@ -194,8 +194,8 @@ def _refine(
         loss = 4 * off.mean(1).sum() + 40 * off.square().mean(1).sum()
         loss = loss + 4 * (gap + 1e-8).sqrt().mean(1).sum() + 40 * gap.mean(1).sum()
         if joints is not None:
-            keypoints = torch.cat([nose[:, None], body_joints[:, KEYPOINTS]], 1) + transl[:, None]
-            error = ((camera.project(keypoints) - joints) / extent[..., None]).square().sum(2)
+            posed = camera.project(keypoints(body_joints, nose) + transl[:, None])
+            error = ((posed - joints) / extent[..., None]).square().sum(2)
             loss = loss + 0.6 * (confidence * (error / (error + 0.02))).mean(1).sum()
         placed = body_joints + transl[:, None]
         velocity = placed[1:] - placed[:-1]

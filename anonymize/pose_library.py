@@ -10,6 +10,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from anonymize.camera import Camera
+from anonymize.person_net import MIRRORED
 
 BODY_JOINTS = 22
 """The pelvis and the 21 body joints: the SMPL-X joints that poses here speak of."""
@@ -17,7 +18,7 @@ BODY_JOINTS = 22
 KEYPOINTS = (12, 16, 17, 18, 19, 20, 21, 1, 2, 4, 5, 7, 8)
 """SMPL-X joints of a person's keypoints (`person_net.JOINTS`) after the first, the nose, which is no joint."""
 
-PAIRS = tuple((left, left + 1) for left in range(2, 14, 2))
+PAIRS = tuple((left, right) for left, right in enumerate(MIRRORED) if left < right)
 """Keypoints that a finder may take for each other, left for right."""
 
 _SEED = 7
@@ -137,7 +138,7 @@ class PoseLibrary:
         self._facing = pelvis[:, :, 2]
         self._prior = _prior(self.angles, pelvis)
         self._points = points[..., :2] * flip
-        self._keypoints = torch.cat([nose[:, None], self.joints[:, KEYPOINTS]], 1)[..., :2] * flip
+        self._keypoints = keypoints(self.joints, nose)[..., :2] * flip
         self._whole = _view(self._points, self._keypoints, 1.0)
 
     @functools.cached_property
@@ -237,6 +238,11 @@ def _keypoint_cost(joints: torch.Tensor, centre: torch.Tensor, extent: torch.Ten
         crossed = cost(left, right) + cost(right, left) + _CROSSED * weight[:, [left, right]].sum(1, keepdim=True)
         total += torch.minimum(cost(left, left) + cost(right, right), crossed)
     return 0.8 * total / found.shape[1]
+
+
+def keypoints(joints: torch.Tensor, nose: torch.Tensor) -> torch.Tensor:
+    """The keypoints (N, 14, 3) of bodies with joints (N, 22, 3) and noses (N, 3)."""
+    return torch.cat([nose[:, None], joints[:, KEYPOINTS]], 1)
 
 
 def uncrossed(joints: torch.Tensor, posed: torch.Tensor) -> torch.Tensor:
