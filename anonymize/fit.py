@@ -23,10 +23,11 @@ from anonymize.people import Person
 from anonymize.pose import Pose
 from anonymize.pose_library import BODY_JOINTS, Found, PoseLibrary, keypoints, uncrossed
 from anonymize.render import silhouette
+from anonymize.wardrobe import Avatar
 from maskdp import config as settings
 
 _LIBRARY_POINTS, _POINTS = 1200, 400
-_TARGETS = 160  # pixels of a silhouette that must have a surface point near
+_TARGETS = 320  # pixels of a silhouette that must have a surface point near
 _NOSE = 55  # in BodyMesh.joints
 
 # How readily each of the 21 body joints leaves the library's pose: limbs freely, trunk, feet and collars hardly.
@@ -45,7 +46,7 @@ class FitConfig:
     """
 
     library: int = 4000
-    steps: int = 40
+    steps: int = 60
     iou_floor: float = 0.35
     max_gap: int = 8
 
@@ -80,16 +81,16 @@ class SilhouetteFitter:
     def __init__(self, body: Body, config: FitConfig | None = None):
         self.body = body
         self.config = config or FitConfig()
-        self._points = _spread(body.template, _LIBRARY_POINTS)
         nose = body(torch.zeros(10), Pose.rest(1)).joints[0, _NOSE]
-        self._nose = (body.template - nose).square().sum(1).argmin()[None]
+        self._nose = (body.template - nose).square().sum(1).argmin()
 
     @functools.cached_property
     def _library(self) -> PoseLibrary:
-        return PoseLibrary(_Surface(self.body, torch.zeros(10), self._points, self._nose), self.config.library)
+        bare = self.body.template, self.body.weights
+        return PoseLibrary(_Surface(self.body, torch.zeros(10), bare, self._nose, _LIBRARY_POINTS), self.config.library)
 
-    def __call__(self, person: Person, camera: Camera, betas: np.ndarray | torch.Tensor) -> Fit:
-        """Poses of the avatar with shape `betas` (10,): where `person` stood, at the person's size in the picture.
+    def __call__(self, person: Person, camera: Camera, avatar: Avatar) -> Fit:
+        """Poses of `avatar`: where `person` stood, its clothed outline as near to the person's as it comes.
 
         Deterministic. Sees the person's masks and joints alone, no pixel of the video.
         """
@@ -100,35 +101,42 @@ class SilhouetteFitter:
             return Fit(Pose.rest(total), np.zeros(total, bool), iou)
         masks = np.ascontiguousarray(person.masks[seen])
         joints = None if person.joints is None else person.joints[seen]
-        betas = torch.as_tensor(betas, dtype=torch.float32)
         found = self._library.search(masks, joints, camera)
-        surface = _Surface(self.body, betas, self._points[:_POINTS], self._nose)
+        surface = _Surface(self.body, avatar.betas, avatar.skinned, self._nose, _POINTS)
         fitted = _refine(surface, found, seen, masks, joints, camera, self.config.steps)
-        iou[seen] = self._overlap(fitted, betas, masks, camera)
+        iou[seen] = _overlap(fitted, avatar, masks, camera)
         pose, ok = _fill_gaps(fitted, seen, iou[seen] >= self.config.iou_floor, total, self.config.max_gap)
         return Fit(pose, ok, iou)
 
-    def _overlap(self, pose: Pose, betas: torch.Tensor, masks: np.ndarray, camera: Camera) -> np.ndarray:
-        """Intersection over union (T,) of the body's silhouette and `masks`, at reduced resolution."""
-        small = camera.scaled(min(1.0, 96 / max(camera.width, camera.height)))
-        overlap = []
-        for t, mask in enumerate(masks):
-            mine = silhouette(self.body(betas, pose[t : t + 1]).vertices[0], self.body.faces, small).numpy()
-            theirs = cv2.resize(mask.astype(np.float32), mine.shape[::-1], interpolation=cv2.INTER_AREA) >= 0.5
-            overlap.append((mine & theirs).sum() / max((mine | theirs).sum(), 1))
-        return np.array(overlap, np.float32)
+
+def _overlap(pose: Pose, avatar: Avatar, masks: np.ndarray, camera: Camera) -> np.ndarray:
+    """Intersection over union (T,) of the avatar's silhouette and `masks`, at reduced resolution."""
+    small = camera.scaled(min(1.0, 96 / max(camera.width, camera.height)))
+    overlap = []
+    for t, mask in enumerate(masks):
+        mine = silhouette(avatar.mesh(pose[t : t + 1]).vertices[0], avatar.faces, small).numpy()
+        theirs = cv2.resize(mask.astype(np.float32), mine.shape[::-1], interpolation=cv2.INTER_AREA) >= 0.5
+        overlap.append((mine & theirs).sum() / max((mine | theirs).sum(), 1))
+    return np.array(overlap, np.float32)
 
 
 class _Surface:
-    """A body of fixed shape reduced to some surface points and 22 joints; hands and jaw stay at rest."""
+    """`count` points of a skinned surface on a body of fixed shape, with 22 joints; hands and jaw stay at rest.
 
-    def __init__(self, body: Body, betas: torch.Tensor, points: torch.Tensor, nose: torch.Tensor):
+    Args:
+        skinned: the surface in the rest pose (V, 3), and its weights (V, 55).
+        nose: number of the body's vertex that is the keypoint.
+    """
+
+    def __init__(self, body: Body, betas: torch.Tensor, skinned: tuple[torch.Tensor, torch.Tensor], nose, count: int):
         vertices, joints = body.shaped(betas)
-        index = torch.cat([points, nose])
-        weights = body.weights[index].clone()
+        points, weights = skinned
+        chosen = _spread(points, count)
+        points = torch.cat([points[chosen], vertices[nose][None]])
+        weights = torch.cat([weights[chosen], body.weights[nose][None]])
         for joint, carried in ((15, slice(22, 25)), (20, slice(25, 40)), (21, slice(40, 55))):
             weights[:, joint] += weights[:, carried].sum(1)  # head, wrists
-        self._points, self._weights = vertices[index], weights[:, :BODY_JOINTS]
+        self._points, self._weights = points, weights[:, :BODY_JOINTS]
         self._joints, self._parents = joints[:BODY_JOINTS], body.parents[:BODY_JOINTS]
 
     def __call__(self, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -191,12 +199,12 @@ def _refine(
         with torch.no_grad():
             nearest = torch.cdist(targets, pixels).argmin(2, keepdim=True).expand(-1, -1, 2)
         gap = (targets - pixels.gather(1, nearest)).square().sum(2) / extent.square()
-        loss = 4 * off.mean(1).sum() + 40 * off.square().mean(1).sum()
-        loss = loss + 4 * (gap + 1e-8).sqrt().mean(1).sum() + 40 * gap.mean(1).sum()
+        loss = 12 * off.mean(1).sum() + 120 * off.square().mean(1).sum()
+        loss = loss + 12 * (gap + 1e-8).sqrt().mean(1).sum() + 120 * gap.mean(1).sum()
         if joints is not None:
             posed = camera.project(keypoints(body_joints, nose) + transl[:, None])
             error = ((posed - joints) / extent[..., None]).square().sum(2)
-            loss = loss + 0.6 * (confidence * (error / (error + 0.02))).mean(1).sum()
+            loss = loss + 0.6 * (confidence.square() * (error / (error + 0.02))).mean(1).sum()
         placed = body_joints + transl[:, None]
         velocity = placed[1:] - placed[:-1]
         loss = loss + 0.1 * (adjacent * velocity).square().sum(2).mean(1).sum()

@@ -16,6 +16,7 @@ import numpy as np
 
 from anonymize import cues, person_net
 from anonymize.camera import Camera
+from anonymize.outline import sharpened
 from anonymize.pose import Pose
 from maskdp.config import positive
 
@@ -164,7 +165,10 @@ class EmbeddedFinder:
         upright = {t: cues.hog_people(frames[t]) for t in cues.sample_times(len(frames), config.looks)}
         tracks, others = _tracks(votes, likely, moved, upright, cues.stirring(frames, fps), config, fps)
         removal = grown(likely | moved, margin, down=margin) | _whole(~known, margin)
+        everybody = np.any([track.masks for track in tracks], axis=0)
         for track in tracks:
+            cover(removal, track, margin)
+            track.masks = sharpened(frames, track.masks, votes.at, everybody & ~track.masks)
             cover(removal, track, margin)
         for track in (*tracks, *others):
             removal |= _lasting(frames, track, ~known, margin)

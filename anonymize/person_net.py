@@ -5,6 +5,7 @@ It is trained on procedural renders alone (`train_person_net.py`): no photograph
 
 import functools
 import importlib.resources
+import pathlib
 
 import cv2
 import numpy as np
@@ -107,9 +108,9 @@ def normalised_light(colour: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def load() -> PersonNet:
-    """The trained network in evaluation mode."""
-    path = importlib.resources.files("anonymize") / WEIGHTS
+def load(path: pathlib.Path | None = None) -> PersonNet:
+    """The trained network in evaluation mode, with the weights that are shipped or those of a file."""
+    path = path or importlib.resources.files("anonymize") / WEIGHTS
     net = PersonNet()
     net.load_state_dict({k: v.float() for k, v in safetensors.torch.load(path.read_bytes()).items()})
     return net.eval().to(memory_format=torch.channels_last)

@@ -103,8 +103,8 @@ class Anonymizer:
 
         camera = people.camera or Camera.default(frames.shape[2], frames.shape[1])
         keys = [identity_key(video, person.track_id, subjects, self.config.avatar) for person in people.persons]
-        betas = [self.wardrobe.identity(key).betas for key in keys]
-        fits = [_given(p) if p.pose else self.fitter(p, camera, shape) for p, shape in zip(people.persons, betas)]
+        avatars = [self.avatar(key) for key in keys]
+        fits = [_given(p) if p.pose else self.fitter(p, camera, avatar) for p, avatar in zip(people.persons, avatars)]
         missing = np.any([person.present & ~fit.ok for person, fit in zip(people.persons, fits)], 0)
         overlaps = np.concatenate([fit.iou[np.isfinite(fit.iou)] for fit in fits])
         figures = {
@@ -119,13 +119,18 @@ class Anonymizer:
 
         nearness = [person.nearness for person in people.persons]
         samples = self.config.avatar.samples
-        rgba, depth, person = render_public(fits, keys, camera, self.body, self.wardrobe, samples, nearness)
+        rgba, depth, person = render_public(fits, avatars, camera, samples, nearness)
         if self.refiner:
-            skeletons = [control.keypoints(fit, shape, self.body, camera, depth) for fit, shape in zip(fits, betas)]
+            drawn = zip(fits, avatars)
+            skeletons = [control.keypoints(fit, avatar.betas, self.body, camera, depth) for fit, avatar in drawn]
             drawing = Drawing(rgba, depth, person, np.stack(skeletons, 1))
             ground = removal.frames if self.config.refine.context == "scene" else None
-            rgba = self.refiner(drawing, [self.wardrobe.identity(key) for key in keys], ground)
+            rgba = self.refiner(drawing, [avatar.identity for avatar in avatars], ground)
         return found(rgba, removal.frames, None, **figures)
+
+    def avatar(self, key: str) -> Avatar:
+        """Who stands in for the person with this key (`identity_key`)."""
+        return Avatar(self.body, self.wardrobe.identity(key))
 
 
 def _finder(config: FinderConfig) -> PeopleFinder | None:
@@ -145,25 +150,22 @@ def _given(person: Person) -> Fit:
 
 def render_public(
     fits: Sequence[Fit],
-    keys: Sequence[str],
+    avatars: Sequence[Avatar],
     camera: Camera,
-    body: Body,
-    wardrobe: Wardrobe,
     samples: int = 2,
     nearness: Sequence[np.ndarray | None] = (),
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The public layer: avatar `keys[i]` in the poses `fits[i]` wherever these are `ok`, nearer ones over farther ones.
+    """The public layer: `avatars[i]` in the poses `fits[i]` wherever these are `ok`, nearer ones over farther ones.
 
     Where `nearness[i]` (T,) is known it decides who is nearer (`depth.in_order`), else the poses do.
 
-    Guarantees: a function of poses and their order, camera, keys, wardrobe and body model. No pixel of a source reaches
-    it, nor any shape, colour or light taken from one.
+    Guarantees: a function of poses and their order, camera, and avatars, which are drawn from keys. No pixel of a
+    source reaches it, nor any shape, colour or light taken from one.
 
     Returns:
         rgba (T, H, W, 4) uint8, straight colour; depth (T, H, W) float32 in metres, infinite where nothing is; and the
         index of the nearest avatar (T, H, W) int16, -1 where nothing is.
     """
-    avatars = [Avatar(body, wardrobe.identity(key)) for key in keys]
     rgba, depth, person = [], [], []
     for start in range(0, len(fits[0].ok), _CHUNK):
         part = slice(start, start + _CHUNK)

@@ -26,6 +26,7 @@ _SIDE, _MARGIN = 32, 2  # of the canvas on which silhouettes are compared, pixel
 _IN_VIEW = (0.72, 0.55, 0.42, 0.3)  # share of the height in view, where the picture's lower edge cuts the person
 _UNUSUAL = 0.1  # weight of the prior against overlap
 _CUT = 0.08  # cost of taking the picture's lower edge to hide the rest of a body
+_HIDDEN = 0.3  # cost a radian of bending legs that nobody sees
 _CROSSED = 0.03  # cost, in extents, of taking a finder's left for right
 _CANDIDATES = 40  # poses kept a frame
 _EDGE = 2  # pixels; a mask this near to the picture's edge is taken to be cut by it
@@ -136,7 +137,8 @@ class PoseLibrary:
         flip = torch.tensor([1.0, -1.0])
         pelvis = torch.from_numpy(Rotation.from_rotvec(self.angles[:, :3].numpy()).as_matrix()).float()
         self._facing = pelvis[:, :, 2]
-        self._prior = _prior(self.angles, pelvis)
+        self._legs = self.angles.view(-1, BODY_JOINTS, 3)[:, [1, 2, 4, 5]].norm(dim=-1).mean(1)
+        self._prior = _prior(self._legs, pelvis)
         self._points = points[..., :2] * flip
         self._keypoints = keypoints(self.joints, nose)[..., :2] * flip
         self._whole = _view(self._points, self._keypoints, 1.0)
@@ -165,7 +167,7 @@ class PoseLibrary:
             if joints is not None:
                 cost += _keypoint_cost(torch.as_tensor(joints, dtype=torch.float32), centre, extent, view.keypoints)
             if index:
-                cost = (cost + _CUT).masked_fill(torch.from_numpy(~cut)[:, None], torch.inf)
+                cost = (cost + _CUT + _HIDDEN * self._legs).masked_fill(torch.from_numpy(~cut)[:, None], torch.inf)
             costs.append(cost)
         cost, candidate = torch.cat(costs, 1).topk(_CANDIDATES, largest=False)
         count = len(self.angles)
@@ -182,10 +184,10 @@ class PoseLibrary:
         return Found(self.angles[pose.gather(1, path)[:, 0]], (chosen - translation) @ rotation, extent)
 
 
-def _prior(angles: torch.Tensor, pelvis: torch.Tensor) -> torch.Tensor:
-    """What a pose costs beforehand (N,): people mostly stand upright and face the camera (silhouettes cannot tell)."""
+def _prior(legs: torch.Tensor, pelvis: torch.Tensor) -> torch.Tensor:
+    """What a pose with so bent `legs` (N,), radians, costs beforehand (N,): people mostly stand upright and face the
+    camera (silhouettes cannot tell)."""
     up, front = pelvis[:, 1, 1], pelvis[:, 2, 2]
-    legs = angles.view(-1, BODY_JOINTS, 3)[:, [1, 2, 4, 5]].norm(dim=-1).mean(1)
     return _UNUSUAL * (0.5 * (1 - up) + 0.25 * (1 - front) + 0.3 * legs)
 
 

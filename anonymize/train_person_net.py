@@ -581,31 +581,35 @@ def overlap(net: person_net.PersonNet, data: dict[str, torch.Tensor], motion: bo
     return both / either
 
 
-def train(renders: Renders, minutes: float, seed: int, half: bool, out: pathlib.Path) -> None:
+def train(
+    renders: Renders, minutes: float, seed: int, half: bool, start: pathlib.Path | None, out: pathlib.Path
+) -> None:
     """Trains for a time (AdamW, cosine schedule; pictures at 64, then 96, then 128 pixels) and writes the weights.
 
-    `half`: convolutions in bfloat16, a third faster on a CPU that multiplies it.
+    `half`: convolutions in bfloat16, a third faster on a CPU that multiplies it. `start`: weights to go on from, at a
+    third of the rate and at 128 pixels throughout.
 
     It starts on the first eighth of the renders and takes in the others as they come; the first shard is held out. What
     is written, at the end and every two minutes, is the exponential mean of the weights.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    net = person_net.PersonNet().to(memory_format=torch.channels_last)
+    net = person_net.load(start) if start else person_net.PersonNet().to(memory_format=torch.channels_last)
+    net.train()
     mean = torch.optim.swa_utils.AveragedModel(
         net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995), use_buffers=True
     )
-    best, size = 3e-3, 32
+    best, size, growing = 1e-3 if start else 3e-3, 32, not start
     optimizer = torch.optim.AdamW(net.parameters(), lr=best, weight_decay=1e-2)
     data = renders.data(max(len(renders.paths) // 8, 2))
-    step, shown, saved, start = 0, 0, 0, time.monotonic()
+    step, shown, saved, begun = 0, 0, 0, time.monotonic()
     with progress.bar("train", round(60 * minutes), "s") as done:
-        while (spent := (time.monotonic() - start) / (60 * minutes)) < 1:
+        while (spent := (time.monotonic() - begun) / (60 * minutes)) < 1:
             rate = best * min(1, step / 100) * (0.5 * (1 + np.cos(np.pi * spent)) + 0.01)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             index = torch.randint(SHARD, len(data["rgb"]), (size,), generator=generator)
-            side = 64 if spent < 0.25 else 96 if spent < 0.6 else SIDE
+            side = 64 if growing and spent < 0.25 else 96 if growing and spent < 0.6 else SIDE
             x, mask, joints = augmented({name: values[index] for name, values in data.items()}, side, generator)
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 logits, heat = net(x.contiguous(memory_format=torch.channels_last))
@@ -643,6 +647,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=2500)
     parser.add_argument("--minutes", type=float, default=33)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=pathlib.Path, help="weights to go on from")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bfloat16", action="store_true", help="for CPUs that multiply it")
@@ -650,7 +655,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     with concurrent.futures.ProcessPoolExecutor(arguments.workers) as pool:
         renders = Renders(pool, arguments.renders, arguments.pictures, arguments.seed)
-        train(renders, arguments.minutes, arguments.seed, arguments.bfloat16, arguments.out)
+        train(renders, arguments.minutes, arguments.seed, arguments.bfloat16, arguments.start, arguments.out)
 
 
 if __name__ == "__main__":

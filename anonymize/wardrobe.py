@@ -204,6 +204,18 @@ class Avatar:
             [np.zeros((0, figure.weights.shape[1])), *(part.weights for part in loose)], torch.float32
         )
 
+    @functools.cached_property
+    def skinned(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What shows of the dressed avatar as one skinned surface: (V, 3) in the rest pose, and weights (V, 55).
+
+        `mesh` is the same but for clothes that keep their distance along the posed body's normals.
+        """
+        own = self.body.weights
+        worn = own[self._from].lerp(own[self._to], self._along)
+        shown = self.faces.unique()
+        rest = self.mesh(Pose.rest(1)).vertices[0]
+        return rest[shown], torch.cat([own, worn, self._weights])[shown]
+
     @torch.no_grad()
     def mesh(self, pose: Pose) -> Mesh:
         """The dressed avatar in every frame of `pose`."""

@@ -63,13 +63,13 @@ def score(anonymizer: Anonymizer, film: Footage) -> Scores:
         outlined = there & person.masks.any((1, 2))
         ious += mask_iou(person.masks[outlined], mask[outlined]).tolist()
         key = identity_key("audit", person.track_id, (), anonymizer.config.avatar)
-        betas = anonymizer.wardrobe.identity(key).betas
-        fit = anonymizer.fitter(person, camera, betas)
+        avatar = anonymizer.avatar(key)
+        fit = anonymizer.fitter(person, camera, avatar)
         good = there & fit.ok
         if good.any():
             mine, theirs = (
                 motions.joints(pose, anonymizer.body, shape)[good, :BODY_JOINTS]
-                for pose, shape in ((fit.pose, betas), (truth.poses[index], truth.betas[index]))
+                for pose, shape in ((fit.pose, avatar.betas), (truth.poses[index], truth.betas[index]))
             )
             errors += procrustes_error(mine, theirs).tolist()
     return Scores(removed, tracked, ious, errors, people.doubt is not None)

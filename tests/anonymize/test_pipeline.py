@@ -15,7 +15,7 @@ from anonymize.pipeline import Anonymizer, identity_key, render_public
 from anonymize.pose import Pose
 from anonymize.refine import ControlNetConfig
 from anonymize.render import silhouette
-from anonymize.wardrobe import Wardrobe
+from anonymize.wardrobe import Avatar, Wardrobe
 from maskdp import layers
 
 SIZE, FRAMES = 64, 4
@@ -88,15 +88,19 @@ def test_public_layer_does_not_change_when_every_source_pixel_does(anonymizer, b
     layers.check_layers(one.rgba, one.private, "clip")
 
 
-def test_render_public_is_a_function_of_poses_camera_keys_and_wardrobe(body):
+def test_render_public_is_a_function_of_poses_camera_and_avatars_drawn_from_keys(body):
     poses = standing((0, -3))
     fits = [Fit(pose, np.ones(FRAMES, bool), np.ones(FRAMES)) for pose in poses]
-    rgba, *_ = render_public(fits, ["a"], CAMERA, body, Wardrobe(SECRET))
-    again, *_ = render_public(fits, ["a"], CAMERA, Body(), Wardrobe(SECRET))
+
+    def avatar(key, body=body, secret=SECRET):
+        return Avatar(body, Wardrobe(secret).identity(key))
+
+    rgba, *_ = render_public(fits, [avatar("a")], CAMERA)
+    again, *_ = render_public(fits, [avatar("a", Body())], CAMERA)
     assert rgba.tobytes() == again.tobytes()
-    other, *_ = render_public(fits, ["b"], CAMERA, body, Wardrobe(SECRET))
+    other, *_ = render_public(fits, [avatar("b")], CAMERA)
     assert not np.array_equal(rgba, other)
-    unguessable, *_ = render_public(fits, ["a"], CAMERA, body, Wardrobe(b"other" * 8))
+    unguessable, *_ = render_public(fits, [avatar("a", secret=b"other" * 8)], CAMERA)
     assert not np.array_equal(rgba, unguessable)
 
 
@@ -107,7 +111,8 @@ def test_the_nearer_avatar_hides_the_farther_one(body):
     fits = {"near": Fit(near, ok, ok.astype(float)), "far": Fit(far, ok, ok.astype(float))}
 
     def drawn(*keys):
-        return render_public([fits[key] for key in keys], keys, CAMERA, body, Wardrobe(SECRET))[0]
+        avatars = [Avatar(body, Wardrobe(SECRET).identity(key)) for key in keys]
+        return render_public([fits[key] for key in keys], avatars, CAMERA)[0]
 
     both, alone = drawn("near", "far"), drawn("near")
     assert np.array_equal(both, drawn("far", "near"))
