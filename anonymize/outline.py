@@ -10,9 +10,11 @@ import numpy as np
 from anonymize import cues
 
 BINS = 16  # of each of three colours
-AROUND = 0.07  # of the short side: how far from the first outline the person may reach
+AROUND = 0.07  # of the short side: how far from the first outline, or from what may be a person, the person may reach
+MAYBE = 0.25  # the network's probability of what may be a person
 LEAST = 1e-5  # part of the pixels; colours rarer than this tell nothing
 CAP = 4.0  # natural units; no colour tells more
+SPECK = 0.01  # of the outline's area; a smaller hole in it is none
 SAMPLES = 40  # frames that colours are counted in
 NETWORK, COLOUR = 0.77, 0.85
 """Weights of the network's log-odds and of the colours' log-likelihood ratio, by logistic regression on 30 studio
@@ -32,21 +34,34 @@ def sharpened(frames: np.ndarray, masks: np.ndarray, probability, others: np.nda
     if not len(seen):
         return masks
     radius = AROUND * min(masks.shape[1:])
+
+    def place(t: int, likely: np.ndarray) -> np.ndarray:
+        return cues.dilated(masks[t] | (likely > MAYBE), radius) & ~others[t]
+
     size = BINS**3
     person, around = np.zeros(size), np.zeros(size)
     for t in seen[cues.sample_times(len(seen), SAMPLES)]:
-        likely, near = probability(t), cues.dilated(masks[t], radius) & ~others[t]
+        likely = probability(t)
+        near = place(t, likely)
         index = _bin(frames[t])
         person += _counts(index, likely, near & masks[t] & (likely > 0.5))
-        around += _counts(index, 1 - likely, near & ~masks[t] & (likely < 0.5))
+        around += _counts(index, 1 - likely, near & ~masks[t] & (likely < 0.2))
     ratio = (np.log(_shares(person)) - np.log(_shares(around))).clip(-CAP, CAP).astype(np.float32)
     out = np.zeros_like(masks)
     for t in seen:
         likely = probability(t).clip(1e-3, 1 - 1e-3)
         score = NETWORK * np.log(likely / (1 - likely)) + COLOUR * ratio[_bin(frames[t])]
-        mine = (score > 0) & cues.dilated(masks[t], radius) & ~others[t]
-        out[t] = cues.touching(mine, mine & masks[t])
+        mine = (score > 0) & place(t, likely)
+        out[t] = _without_specks(cues.touching(mine, mine & masks[t])) & ~others[t]
     return out
+
+
+def _without_specks(mask: np.ndarray) -> np.ndarray:
+    """A mask (H, W) bool with its small holes closed, such as a print on a shirt; not those that arms enclose."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats((~mask).astype(np.uint8), connectivity=4)
+    small = stats[:, cv2.CC_STAT_AREA] < SPECK * mask.sum()
+    small[0] = False
+    return mask | small[labels]
 
 
 def _bin(frame: np.ndarray) -> np.ndarray:

@@ -26,6 +26,7 @@ _SIDE, _MARGIN = 32, 2  # of the canvas on which silhouettes are compared, pixel
 _IN_VIEW = (0.72, 0.55, 0.42, 0.3)  # share of the height in view, where the picture's lower edge cuts the person
 _UNUSUAL = 0.1  # weight of the prior against overlap
 _CUT = 0.08  # cost of taking the picture's lower edge to hide the rest of a body
+_ELSEWHERE, _DEPTHS = 0.4, 0.3  # cost of another distance than usual, beyond a difference, in natural units
 _HIDDEN = 0.3  # cost a radian of bending legs that nobody sees
 _CROSSED = 0.03  # cost, in extents, of taking a finder's left for right
 _CANDIDATES = 40  # poses kept a frame
@@ -179,6 +180,10 @@ class PoseLibrary:
         middle = (centre - torch.tensor([camera.width / 2, camera.height / 2]))[:, None] / camera.focal
         in_camera = torch.cat([middle * depth[..., None] - offset, depth[..., None]], -1)
         path = _best_path(cost, self.joints[pose], self._facing[pose], depth.log())[:, None]
+        if cut.any() and not cut.all():  # who is cut off is as far away as where they are seen whole
+            far = depth.log().gather(1, path)[torch.from_numpy(~cut)].median()
+            cost = cost + _ELSEWHERE * ((depth.log() - far).abs() - _DEPTHS).relu()
+            path = _best_path(cost, self.joints[pose], self._facing[pose], depth.log())[:, None]
         chosen = in_camera.gather(1, path[..., None].expand(-1, -1, 3))[:, 0]
         rotation, translation = (torch.as_tensor(x, dtype=torch.float32) for x in (camera.rotation, camera.translation))
         return Found(self.angles[pose.gather(1, path)[:, 0]], (chosen - translation) @ rotation, extent)
