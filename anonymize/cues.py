@@ -31,6 +31,19 @@ def dilated(mask: np.ndarray, radius: float) -> np.ndarray:
     return cv2.dilate(mask.astype(np.uint8), disc(radius)) > 0
 
 
+def lit_area(frames: np.ndarray, dark: int = 28, least: float = 0.02) -> tuple[slice, slice]:
+    """Rows and columns of a clip (T, H, W, 3) within its black bars: outside them hardly anything is ever brighter than
+    `dark` in `least` of a row or column. The whole picture where half or more of it would go."""
+    brightest = largest(frames[sample_times(len(frames), 16)].max(0)) > dark
+    area = []
+    for axis in (1, 0):
+        lit = np.flatnonzero(brightest.mean(axis) > least)
+        low, high = (lit[0], lit[-1] + 1) if len(lit) else (0, 0)
+        size = brightest.shape[1 - axis]
+        area.append(slice(int(low), int(high)) if high - low > size / 2 else slice(0, size))
+    return tuple(area)
+
+
 def camera_motion(frames: np.ndarray, samples: int = 16) -> str | None:
     """Why the camera cannot be taken as static, or None where it can, for the price of some 20 small frames.
 

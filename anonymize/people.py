@@ -147,8 +147,14 @@ class EmbeddedFinder:
     def find(self, frames: np.ndarray, fps: float) -> People:
         """Finds the people of a clip; see `People` for what comes back.
 
-        A moving camera or a cut ends the search at once, with a doubt and everything marked for removal.
+        A moving camera or a cut ends the search at once, with a doubt and everything marked for removal. Black bars
+        beside the picture are left out of the search: their edge is the picture's, where a body is cut off.
         """
+        rows, columns = cues.lit_area(frames)
+        found = self._find(np.ascontiguousarray(frames[:, rows, columns]), fps)
+        return _framed(found, frames.shape[1:3], rows, columns)
+
+    def _find(self, frames: np.ndarray, fps: float) -> People:
         moving = cues.camera_motion(frames)
         if moving:
             return People((), np.ones(frames.shape[:3], bool), False, None, None, moving, {})
@@ -293,6 +299,35 @@ class _Track:
             usual = np.median(area[max(index - 10, 0) : index + 11])
             if not 0.5 < area[index] / usual < 1.8:
                 self.masks[t] = False
+
+
+def _framed(people: People, size: tuple[int, int], rows: slice, columns: slice) -> People:
+    """People found in a part of a picture of this size (H, W), in the whole; at its edges outlines go on as they are,
+    since bodies do."""
+    around = ((rows.start, size[0] - rows.stop), (columns.start, size[1] - columns.stop))
+    if not np.any(around):
+        return people
+
+    def padded(values: np.ndarray | None, extra: tuple) -> np.ndarray | None:
+        return None if values is None else np.pad(values, extra, mode="edge")
+
+    corner = np.array([columns.start, rows.start], np.float32)
+    persons = tuple(
+        dataclasses.replace(
+            person,
+            boxes=person.boxes + np.tile(corner, 2),
+            masks=padded(person.masks, ((0, 0), *around)),
+            joints=person.joints + np.append(corner, np.float32(0)),
+        )
+        for person in people.persons
+    )
+    return dataclasses.replace(
+        people,
+        persons=persons,
+        removal=padded(people.removal, ((0, 0), *around)),
+        background=padded(people.background, (*around, (0, 0))),
+        known=padded(people.known, around),
+    )
 
 
 def _tracks(

@@ -786,7 +786,7 @@ def _cast_surroundings(room: Room, eye, rays, nearest, colour, floor) -> None:
         for normal, along in ((0, 2), (2, 0)):
             face = axis == normal
             u, v = point[face, along], point[face, 1]
-            corner = np.exp(-np.minimum(v, CEILING - v) / 0.25) + np.exp(
+            corner = np.exp(-np.minimum(v, CEILING - v).clip(0) / 0.25) + np.exp(
                 -(room.width - np.abs(u) if normal == 2 else u + room.depth).clip(0) / 0.3
             )
             skirting = np.where(v < 0.08, 0.75, 1.0) * (0.80 if normal == 0 else 0.95) * (1 - 0.18 * corner)

@@ -90,3 +90,16 @@ def test_who_left_is_a_ghost_and_who_came_is_not():
 def test_largest_is_the_maximum_over_the_colours():
     values = np.random.default_rng(0).integers(-300, 300, (5, 7, 9, 3)).astype(np.int16)
     np.testing.assert_array_equal(cues.largest(values), values.max(-1))
+
+
+@pytest.mark.parametrize("bars", [(0, 0, 0, 0), (12, 12, 0, 0), (0, 7, 20, 0)])
+def test_bars_are_told_from_the_picture(scene, bars):
+    above, below, left, right = bars
+    frames = np.pad(film(scene)[0], ((0, 0), (above, below), (left, right), (0, 0)), constant_values=16)
+    rows, columns = cues.lit_area(frames)
+    assert (rows.start, rows.stop) == (above, above + 120)
+    assert (columns.start, columns.stop) == (left, left + 160)
+
+
+def test_a_dark_film_is_no_bar():
+    assert cues.lit_area(np.zeros((5, 40, 60, 3), np.uint8)) == (slice(0, 40), slice(0, 60))

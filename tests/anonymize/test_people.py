@@ -127,3 +127,21 @@ def test_feet_that_the_network_misses_go_with_somebody_who_stays():
     assert not lasting[110:].any()
     left = people._lasting(frames, track, np.zeros_like(outline), margin=1.5)  # the place was seen empty
     assert not left.any()
+
+
+def test_black_bars_are_left_out_of_the_search_and_outlines_go_on_over_them(walk):
+    """A letterboxed clip gives what the picture alone gives; a body that the picture cuts is cut by the bar, too."""
+    frames, _, alone = walk
+    cut = frames[:, :90]  # at the walker's shins
+    barred = np.pad(cut, ((0, 0), (18, 14), (0, 0), (0, 0)), constant_values=3)
+    inside, whole = EmbeddedFinder().find(cut, FPS), EmbeddedFinder().find(barred, FPS)
+    assert len(whole.persons) == len(inside.persons) == len(alone.persons) == 1
+    np.testing.assert_array_equal(whole.removal[:, 18:108], inside.removal)
+    mine, theirs = whole.persons[0], inside.persons[0]
+    np.testing.assert_array_equal(mine.masks[:, 18:108], theirs.masks)
+    np.testing.assert_array_equal(mine.masks[:, 121], theirs.masks[:, 89])
+    assert theirs.masks[:, 89].any()
+    np.testing.assert_array_equal(mine.boxes, theirs.boxes + np.float32([0, 18, 0, 18]))
+    np.testing.assert_array_equal(mine.joints, theirs.joints + np.float32([0, 18, 0]))
+    assert whole.background.shape == barred.shape[1:]
+    assert whole.known.shape == barred.shape[1:3]
