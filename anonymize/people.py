@@ -14,7 +14,7 @@ import cv2
 import draccus
 import numpy as np
 
-from anonymize import cues, person_net
+from anonymize import cues, person_net, split
 from anonymize.camera import Camera
 from anonymize.outline import sharpened
 from anonymize.pose import Pose
@@ -339,32 +339,20 @@ def _tracks(
     config: EmbeddedConfig,
     fps: float,
 ) -> tuple[list[_Track], list[_Track]]:
-    """Blobs of each frame joined over time by the overlap of their boxes; gaps up to a second are bridged.
+    """Blobs of each frame joined over time; those that hold several people are parted (`split`) and joined again.
 
     A track is a person where it is alive, and the network is sure of a good part of it or HOG sees somebody there
     (`upright`: boxes by frame). The others come second: they are removed all the same, but get no avatar.
     """
-    total, height, width = likely.shape
-    margin = config.margin * min(height, width)
+    margin = config.margin * min(likely.shape[1:])
     gap, least = max(round(fps), 1), max(round(0.3 * fps), 2)
-    tracks: list[_Track] = []
-    for t in range(total):
-        sure = votes.at(t) > config.sure
-        blobs = _blobs(sure | (moved[t] & cues.dilated(likely[t], margin)), margin)
-        current = [track for track in tracks if t - track.last <= gap]
-        pairs = [
-            (iou(box, track.boxes[track.last]), k, b)
-            for k, track in enumerate(current)
-            for b, (_, box) in enumerate(blobs)
-        ]
-        free = set(range(len(blobs)))
-        for overlap, k, b in sorted(pairs, reverse=True):
-            if overlap > 0.1 and b in free and current[k].last < t:
-                current[k].add(t, *blobs[b], sure)
-                free.remove(b)
-        for b in sorted(free):
-            tracks.append(_Track(likely.shape))
-            tracks[-1].add(t, *blobs[b], sure)
+    seen = (votes.at(t) > config.sure for t in range(votes.total))
+    near = (m & cues.dilated(maybe, margin) for m, maybe in zip(moved, likely))
+    tracks = _linked([_blobs(sure | also, margin) for sure, also in zip(seen, near)], votes, config.sure, gap)
+    parts = [part for track in tracks for part in _parted(track.masks, votes, config.max_people)]
+    if len(parts) > len(tracks):
+        blobs = [[(part[t], _box(part[t])) for part in parts if part[t].any()] for t in range(votes.total)]
+        tracks = _linked(blobs, votes, config.sure, gap)
     people, others = [], []
     for track in tracks:
         if track.present.sum() >= least:
@@ -375,6 +363,42 @@ def _tracks(
     return people, others
 
 
+def _linked(blobs: list[list[tuple[np.ndarray, np.ndarray]]], votes: _Votes, sure: float, gap: int) -> list[_Track]:
+    """Blobs (mask, box) of each frame joined by the overlap of their boxes, over gaps of at most so many frames."""
+    tracks: list[_Track] = []
+    for t, there in enumerate(blobs):
+        certain = votes.at(t) > sure
+        current = [track for track in tracks if t - track.last <= gap]
+        pairs = [
+            (iou(box, track.boxes[track.last]), k, b)
+            for k, track in enumerate(current)
+            for b, (_, box) in enumerate(there)
+        ]
+        free = set(range(len(there)))
+        for overlap, k, b in sorted(pairs, reverse=True):
+            if overlap > 0.1 and b in free and current[k].last < t:
+                current[k].add(t, *there[b], certain)
+                free.remove(b)
+        for b in sorted(free):
+            tracks.append(_Track((votes.total, *certain.shape)))
+            tracks[-1].add(t, *there[b], certain)
+    return tracks
+
+
+def _parted(masks: np.ndarray, votes: _Votes, most: int) -> list[np.ndarray]:
+    """The outlines (T, H, W) of the people, `most` at the most, who stand so close that a track holds all of them."""
+    neck = person_net.JOINTS.index("neck")
+    seen = [split.necks(heat[neck], masks[t]) for t, heat in zip(votes.times, votes.heat)]
+    parts = split.halves(masks, votes.times, seen) if most > 1 else [masks]
+    return parts if len(parts) == 1 else [piece for part in parts for piece in _parted(part, votes, most - 1)]
+
+
+def _box(mask: np.ndarray) -> np.ndarray:
+    """(4,) xyxy of a mask."""
+    x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
+    return np.array([x, y, x + w, y + h], np.float32)
+
+
 def _blobs(mask: np.ndarray, margin: float, least: float = 0.002) -> list[tuple[np.ndarray, np.ndarray]]:
     """Masks and boxes (xyxy) of a mask's pieces of at least this part of the picture; near pieces are one."""
     count, labels = cv2.connectedComponents(cues.dilated(mask, margin).astype(np.uint8))
@@ -382,8 +406,7 @@ def _blobs(mask: np.ndarray, margin: float, least: float = 0.002) -> list[tuple[
     for label in range(1, count):
         piece = (labels == label) & mask
         if piece.sum() > least * mask.size:
-            x, y, w, h = cv2.boundingRect(piece.astype(np.uint8))
-            found.append((piece, np.array([x, y, x + w, y + h], np.float32)))
+            found.append((piece, _box(piece)))
     return found
 
 
