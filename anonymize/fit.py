@@ -1,8 +1,8 @@
 """SMPL-X poses of a tracked person from silhouettes, and from 2-D joints where the finder gives them.
 
 1. *Search*: the poses of a library whose silhouettes overlap the person's best and move least (`pose_library`).
-2. *Refinement*: gradient steps move a few hundred surface points into the silhouette and over all of it, and joints
-   onto joints, smoothly in time.
+2. *Refinement*: gradient steps move a few hundred points of the dressed avatar's surface into the silhouette and over
+   all of it, and joints onto joints, smoothly in time.
 
 The body's shape is the avatar's and never the person's, so the person's size becomes the avatar's distance.
 """

@@ -41,7 +41,7 @@ def halves(masks: np.ndarray, times: np.ndarray, seen: list[np.ndarray]) -> list
     two = np.array([len(seen[k]) == 2 for k in looked])
     if not len(two) or two.mean() < LASTING:
         return [masks]
-    pairs = [seen[k] for k, both in zip(looked, two) if both]
+    pairs = [seen[k].copy() for k, both in zip(looked, two) if both]
     for before, after in itertools.pairwise(pairs):  # each the way round that moves less
         if np.linalg.norm(after - before, axis=1).sum() > np.linalg.norm(after[::-1] - before, axis=1).sum():
             after[:] = after[::-1].copy()
