@@ -69,3 +69,13 @@ def test_heat_maps_peak_at_the_joints():
 def test_pictures_depend_on_the_seed_alone():
     first, second = (train_person_net.empty_scene(np.random.default_rng([5, 1])) for _ in range(2))
     assert (first == second).all()
+
+
+def test_training_can_go_on_from_saved_weights(tmp_path):
+    """What is saved, in half precision, is what `--start` begins with."""
+    torch.manual_seed(0)
+    net = person_net.PersonNet()
+    train_person_net.save(net, tmp_path / "net.safetensors")
+    again = person_net.load(tmp_path / "net.safetensors")
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, atol=1e-3, rtol=1e-3)
