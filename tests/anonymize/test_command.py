@@ -136,8 +136,9 @@ def record(path: pathlib.Path, pictures: np.ndarray, codec="ffv1", pixels="bgr0"
 
 
 def red_block(frames: int, height: int, width: int) -> np.ndarray:
-    """A red upright block that goes from left to right over grey."""
-    pictures = np.full((frames, height, width, 3), 90, np.uint8)
+    """A red upright block that goes from left to right through a grey room."""
+    scene = np.tile(np.linspace(60, 150, width, dtype=np.uint8)[:, None], (height, 1, 3))
+    pictures = np.repeat(scene[None], frames, 0)
     for t, picture in enumerate(pictures):
         left = (t + 1) * width // (frames + 3)
         picture[height // 5 : -height // 6, left : left + width // 6] = (220, 20, 20)
