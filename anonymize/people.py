@@ -456,7 +456,7 @@ def cover(removal: np.ndarray, track: "_Track | Person", margin: float) -> None:
             removal[t, y0:y1, x0:x1] = True
 
 
-def _lasting(frames: np.ndarray, track: _Track, unseen: np.ndarray, margin: float, least: float = 0.03) -> np.ndarray:
+def _lasting(frames: np.ndarray, track: _Track, unseen: np.ndarray, margin: float, least: float = 0.01) -> np.ndarray:
     """(H, W) bool: the whole of somebody large who stays where they are, so that nothing was ever seen behind them.
 
     There motion does not correct the network, so GrabCut adds what continues the outline in colour, and what reaches
