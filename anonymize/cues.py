@@ -31,6 +31,13 @@ def dilated(mask: np.ndarray, radius: float) -> np.ndarray:
     return cv2.dilate(mask.astype(np.uint8), disc(radius)) > 0
 
 
+def without_holes(mask: np.ndarray, largest: float) -> np.ndarray:
+    """A mask (H, W) bool with what it encloses closed, up to so many pixels (and what the picture's edge cuts off)."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats((~mask).astype(np.uint8), connectivity=4)
+    small = stats[:, cv2.CC_STAT_AREA] < largest
+    return mask | small[labels]
+
+
 def lit_area(frames: np.ndarray, dark: int = 28, least: float = 0.02) -> tuple[slice, slice]:
     """Rows and columns of a clip (T, H, W, 3) within its black bars: outside them hardly anything is ever brighter than
     `dark` in `least` of a row or column. The whole picture where half or more of it would go."""

@@ -14,7 +14,7 @@ AROUND = 0.07  # of the short side: how far from the first outline, or from what
 MAYBE = 0.25  # the network's probability of what may be a person
 LEAST = 1e-5  # part of the pixels; colours rarer than this tell nothing
 CAP = 4.0  # natural units; no colour tells more
-SPECK = 0.01  # of the outline's area; a smaller hole in it is none
+SPECK = 0.01  # of the outline's area; a smaller hole is none, such as a print on a shirt; those that arms enclose are
 SAMPLES = 40  # frames that colours are counted in
 NETWORK, COLOUR = 0.77, 0.85
 """Weights of the network's log-odds and of the colours' log-likelihood ratio, by logistic regression on 30 studio
@@ -52,16 +52,9 @@ def sharpened(frames: np.ndarray, masks: np.ndarray, probability, others: np.nda
         likely = probability(t).clip(1e-3, 1 - 1e-3)
         score = NETWORK * np.log(likely / (1 - likely)) + COLOUR * ratio[_bin(frames[t])]
         mine = (score > 0) & place(t, likely)
-        out[t] = _without_specks(cues.touching(mine, mine & masks[t])) & ~others[t]
+        mine = cues.touching(mine, mine & masks[t])
+        out[t] = cues.without_holes(mine, SPECK * mine.sum()) & ~others[t]
     return out
-
-
-def _without_specks(mask: np.ndarray) -> np.ndarray:
-    """A mask (H, W) bool with its small holes closed, such as a print on a shirt; not those that arms enclose."""
-    _, labels, stats, _ = cv2.connectedComponentsWithStats((~mask).astype(np.uint8), connectivity=4)
-    small = stats[:, cv2.CC_STAT_AREA] < SPECK * mask.sum()
-    small[0] = False
-    return mask | small[labels]
 
 
 def _bin(frame: np.ndarray) -> np.ndarray:

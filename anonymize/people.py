@@ -14,13 +14,14 @@ import cv2
 import draccus
 import numpy as np
 
-from anonymize import cues, person_net, split
+from anonymize import cues, joints, person_net, split
 from anonymize.camera import Camera
 from anonymize.outline import sharpened
 from anonymize.pose import Pose
 from maskdp.config import positive
 
 _BELOW = 0.3  # of their height: what may be missing below the outline of somebody who stays where they are
+MOST_ENCLOSED = 0.02  # part of the picture; a smaller place that the removal encloses goes with it
 LEAST_STIR = 0.05  # part of a person's outline that changes within a quarter of a second, on average
 
 
@@ -178,7 +179,7 @@ class EmbeddedFinder:
             cover(removal, track, margin)
         for track in (*tracks, *others):
             removal |= _lasting(frames, track, ~known, margin)
-        _fill_holes(removal)
+        removal = np.stack([cues.without_holes(mask, MOST_ENCLOSED * mask.size) for mask in removal])
         background, known = cues.background_model(frames, removal)
         removal |= ~known | _left_behind(background, known, margin)
         background, known = cues.background_model(frames, removal)
@@ -205,10 +206,11 @@ class EmbeddedFinder:
         probability, heat, overlap, union = [], [], 0, 0
         for t in times:
             previous = frames[max(t - 2, 0)]
-            near, joints = person_net.evaluate(net, frames[t], background, previous, first)
-            far, _ = person_net.evaluate(net, frames[t], background, previous, second, mirror=True)
+            near, coarse = person_net.evaluate(net, frames[t], background, previous, first)
+            far, fine = person_net.evaluate(net, frames[t], background, previous, second, mirror=True)
             probability.append(((near + far) / 2).astype(np.float16))
-            heat.append(joints)
+            resized = (cv2.resize(values, coarse.shape[:0:-1], interpolation=cv2.INTER_AREA) for values in fine)
+            heat.append((coarse + np.stack(list(resized))) / 2)
             overlap += ((near > 0.5) & (far > 0.5)).sum()
             union += ((near > 0.5) | (far > 0.5)).sum()
         return _Votes(len(frames), times, np.stack(probability), heat, float(overlap / max(union, 1)))
@@ -484,27 +486,11 @@ def _lasting(frames: np.ndarray, track: _Track, unseen: np.ndarray, margin: floa
     return whole | below | np.maximum.accumulate(reach, axis=0)
 
 
-def _fill_holes(removal: np.ndarray, largest: float = 0.02) -> None:
-    """Closes what the removal encloses, up to this part of the picture."""
-    for mask in removal:
-        _, labels, stats, _ = cv2.connectedComponentsWithStats((~mask).astype(np.uint8), connectivity=4)
-        small = stats[:, cv2.CC_STAT_AREA] < largest * mask.size
-        mask |= small[labels]
-
-
 def _person(number: int, track: _Track, votes: _Votes, least_peak: float) -> Person:
-    """The finished track with the joints that the heat maps show inside its boxes, confidence 0 below `least_peak`."""
-    height, width = track.masks.shape[1:]
-    joints = np.zeros((len(track.present), len(person_net.JOINTS), 3), np.float32)
+    """The finished track with its joints, those of confidence below `least_peak` of none."""
+    found = np.zeros((len(track.present), len(person_net.JOINTS), 3), np.float32)
     for t in np.flatnonzero(track.present):
         before, after, part = votes.neighbours(t)
-        heat = votes.heat[after if part > 0.5 else before]
-        scale = np.array([width / heat.shape[2], height / heat.shape[1]])
-        x0, y0 = np.floor(track.boxes[t, :2] / scale).astype(int).clip(0)
-        x1, y1 = np.ceil(track.boxes[t, 2:] / scale).astype(int)
-        inside = heat[:, y0:y1, x0:x1].reshape(len(heat), -1)
-        rows, columns = np.divmod(inside.argmax(1), min(x1, heat.shape[2]) - x0)
-        joints[t, :, :2] = (np.stack([columns + x0, rows + y0], 1) + 0.5) * scale
-        peaks = inside.max(1).clip(0, 1)
-        joints[t, :, 2] = np.where(peaks < least_peak, 0, peaks)
-    return Person(number, track.present, track.boxes, track.masks, joints)
+        found[t] = joints.read(votes.heat[after if part > 0.5 else before], track.boxes[t], track.masks.shape[1:])
+    found[..., 2] *= found[..., 2] >= least_peak
+    return Person(number, track.present, track.boxes, track.masks, found)

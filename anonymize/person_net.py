@@ -19,6 +19,7 @@ JOINTS = (
     *("left_hip", "right_hip", "left_knee", "right_knee", "left_ankle", "right_ankle"),
 )
 MIRRORED = (0, 1, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12)
+PAIRS = tuple((left, right) for left, right in enumerate(MIRRORED) if left < right)
 STRIDE = 32  # sides of the network's input are multiples of this
 WEIGHTS = "assets/person_net.safetensors"
 

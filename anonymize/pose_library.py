@@ -10,16 +10,13 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from anonymize.camera import Camera
-from anonymize.person_net import MIRRORED
+from anonymize.person_net import PAIRS
 
 BODY_JOINTS = 22
 """The pelvis and the 21 body joints: the SMPL-X joints that poses here speak of."""
 
 KEYPOINTS = (12, 16, 17, 18, 19, 20, 21, 1, 2, 4, 5, 7, 8)
 """SMPL-X joints of a person's keypoints (`person_net.JOINTS`) after the first, the nose, which is no joint."""
-
-PAIRS = tuple((left, right) for left, right in enumerate(MIRRORED) if left < right)
-"""Keypoints that a finder may take for each other, left for right."""
 
 _SEED = 7
 _SIDE, _MARGIN = 32, 2  # of the canvas on which silhouettes are compared, pixels

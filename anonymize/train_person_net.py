@@ -28,6 +28,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from scipy.spatial.transform import Rotation
 
 from anonymize import person_net
 from anonymize.body import Body
@@ -43,6 +44,8 @@ SHARD = 250  # pictures
 AVATARS, POSES = 10, 40  # in a shard
 NOSE = 55  # in `BodyMesh.joints`
 MOST_PEOPLE = 3
+FRONT = 0.75  # of the people
+LIMBS = torch.tensor([2.0 if name.endswith(("elbow", "wrist", "knee")) else 1.0 for name in person_net.JOINTS])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +79,7 @@ class People:
         self.meshes, self.joints = [], []
         for _ in range(AVATARS):
             avatar = Avatar(body, draw_identity(rng))
-            angles = random_poses(POSES, int(rng.integers(2**31)))
+            angles = _facing(rng, random_poses(4 * POSES, int(rng.integers(2**31))))
             hands = np.zeros((POSES, 15, 3))
             curl = rng.uniform(0, 1.0, (POSES, 1))
             hands[:, :12, 2] = -curl
@@ -118,6 +121,17 @@ class People:
         seen = camera.to_camera(joints)[:, 2] > 0.1
         projected = torch.cat([camera.project(joints) / SIDE, seen[:, None].float()], 1).numpy()
         return Sprite(*_lit(rng, found.rgba), projected, distance)
+
+
+def _facing(rng: np.random.Generator, angles: np.ndarray) -> np.ndarray:
+    """`POSES` of more poses (N, 66), `FRONT` of them seen from the front, as people mostly are.
+
+    Seen from all round alike, left and right are one to a network: what tells them apart moves a loss only where they
+    differ already, and in 15,000 steps they never did.
+    """
+    front = Rotation.from_rotvec(angles[:, :3]).as_matrix()[:, 2, 2] > 0
+    weight = np.where(front, FRONT / front.sum(), (1 - FRONT) / (~front).sum())
+    return angles[rng.choice(len(angles), POSES, replace=False, p=weight)]
 
 
 def _dyed(rng: np.random.Generator, colours: torch.Tensor) -> torch.Tensor:
@@ -562,12 +576,13 @@ def heat_maps(joints: torch.Tensor, side: int, sigma: float = 1.3) -> torch.Tens
 
 
 def loss_function(logits: torch.Tensor, heat: torch.Tensor, mask: torch.Tensor, joints: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy and Dice of the mask, and squared error of the heat maps, weighted towards the joints."""
+    """Cross-entropy and Dice of the mask, and squared error of the heat maps, weighted towards the joints, and towards
+    those of the limbs, which the mask tells least of."""
     found = logits.sigmoid()
     dice = 1 - (2 * (found * mask).sum((1, 2, 3)) + 60) / ((found + mask).sum((1, 2, 3)) + 60)
     target = heat_maps(joints, heat.shape[-1])
-    joint = ((heat - target) ** 2 * (1 + 20 * target)).mean()
-    return F.binary_cross_entropy_with_logits(logits, mask) + 0.7 * dice.mean() + 6 * joint
+    joint = (LIMBS[:, None, None] * (heat - target) ** 2 * (1 + 20 * target)).mean()
+    return F.binary_cross_entropy_with_logits(logits, mask) + 0.7 * dice.mean() + 18 * joint
 
 
 @torch.inference_mode()

@@ -103,3 +103,14 @@ def test_bars_are_told_from_the_picture(scene, bars):
 
 def test_a_dark_film_is_no_bar():
     assert cues.lit_area(np.zeros((5, 40, 60, 3), np.uint8)) == (slice(0, 40), slice(0, 60))
+
+
+def test_small_holes_are_closed_and_large_ones_stay():
+    mask = np.zeros((40, 40), bool)
+    mask[2:38, 2:38] = True
+    mask[5:8, 5:8] = mask[15:30, 15:30] = False
+    closed = cues.without_holes(mask, 10)
+    assert closed[5:8, 5:8].all()
+    assert not closed[15:30, 15:30].any()
+    assert not closed[:2].any()
+    assert not mask[5:8, 5:8].any()
