@@ -204,7 +204,7 @@ def _refine(
         if joints is not None:
             posed = camera.project(keypoints(body_joints, nose) + transl[:, None])
             error = ((posed - joints) / extent[..., None]).square().sum(2)
-            loss = loss + 0.6 * (confidence.square() * (error / (error + 0.02))).mean(1).sum()
+            loss = loss + 0.8 * (confidence.square() * (error / (error + 0.06))).mean(1).sum()
         placed = body_joints + transl[:, None]
         velocity = placed[1:] - placed[:-1]
         loss = loss + 0.1 * (adjacent * velocity).square().sum(2).mean(1).sum()

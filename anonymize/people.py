@@ -22,6 +22,7 @@ from maskdp.config import positive
 
 _BELOW = 0.3  # of their height: what may be missing below the outline of somebody who stays where they are
 MOST_ENCLOSED = 0.02  # part of the picture; a smaller place that the removal encloses goes with it
+FEW_JOINTS, LEAST_JOINTS = 4, 0.5  # so many joints of a person are seen with this mean confidence
 LEAST_STIR = 0.05  # part of a person's outline that changes within a quarter of a second, on average
 
 
@@ -183,14 +184,16 @@ class EmbeddedFinder:
         background, known = cues.background_model(frames, removal)
         removal |= ~known | _left_behind(background, known, margin)
         background, known = cues.background_model(frames, removal)
-        persons = tuple(_person(number, track, votes, config.least_peak) for number, track in enumerate(tracks))
+        bodies = (_person(track, votes, config.least_peak) for track in tracks)
+        bodies = (body for body in bodies if _is_a_body(body))
+        persons = tuple(dataclasses.replace(body, track_id=number) for number, body in enumerate(bodies))
         notes = {
             "removed": round(float(removal.mean()), 4),
             "known": round(float(known.mean()), 4),
             "moved_elsewhere": round(float((moved & ~grown(likely, 4 * margin)).mean()), 4),
             "agreement": round(votes.agreement, 4),
         }
-        doubt = self._doubt(frames, tracks, upright, removal, notes)
+        doubt = self._doubt(frames, persons, upright, removal, notes)
         return People(persons, removal, True, background, known, doubt, notes)
 
     def _votes(self, frames: np.ndarray, margin: float) -> "_Votes":
@@ -215,12 +218,14 @@ class EmbeddedFinder:
             union += ((near > 0.5) | (far > 0.5)).sum()
         return _Votes(len(frames), times, np.stack(probability), heat, float(overlap / max(union, 1)))
 
-    def _doubt(self, frames, tracks: list["_Track"], upright: dict, removal: np.ndarray, notes: dict) -> str | None:
+    def _doubt(
+        self, frames: np.ndarray, persons: tuple[Person, ...], upright: dict, removal: np.ndarray, notes: dict
+    ) -> str | None:
         """Why these finds cannot be relied on, in one line, or None."""
         config = self.config
-        if not tracks:
+        if not persons:
             return "no person found"
-        most = int(sum(track.present.astype(int) for track in tracks).max())
+        most = int(sum(person.present.astype(int) for person in persons).max())
         if most > config.max_people:
             return f"{most} people at once, more than can be told apart"
         if notes["removed"] > config.max_removed:
@@ -486,11 +491,18 @@ def _lasting(frames: np.ndarray, track: _Track, unseen: np.ndarray, margin: floa
     return whole | below | np.maximum.accumulate(reach, axis=0)
 
 
-def _person(number: int, track: _Track, votes: _Votes, least_peak: float) -> Person:
+def _person(track: _Track, votes: _Votes, least_peak: float) -> Person:
     """The finished track with its joints, those of confidence below `least_peak` of none."""
     found = np.zeros((len(track.present), len(person_net.JOINTS), 3), np.float32)
     for t in np.flatnonzero(track.present):
         before, after, part = votes.neighbours(t)
         found[t] = joints.read(votes.heat[after if part > 0.5 else before], track.boxes[t], track.masks.shape[1:])
     found[..., 2] *= found[..., 2] >= least_peak
-    return Person(number, track.present, track.boxes, track.masks, found)
+    return Person(0, track.present, track.boxes, track.masks, found)
+
+
+def _is_a_body(person: Person) -> bool:
+    """Whether the network finds a few joints there, as in a part of a body; a moving shadow or bow has none. What is no
+    body is removed all the same, but gets no avatar."""
+    surest = np.sort(person.joints[person.present, :, 2])[:, -FEW_JOINTS:]
+    return float(surest.mean()) > LEAST_JOINTS

@@ -25,7 +25,7 @@ _UNUSUAL = 0.1  # weight of the prior against overlap
 _CUT = 0.08  # cost of taking the picture's lower edge to hide the rest of a body
 _ELSEWHERE, _DEPTHS = 0.4, 0.3  # cost of another distance than usual, beyond a difference, in natural units
 _HIDDEN = 0.3  # cost a radian of bending legs that nobody sees
-_CROSSED = 0.03  # cost, in extents, of taking a finder's left for right
+_CROSSED = 0.1  # cost, in extents, of taking a finder's left for right
 _CANDIDATES = 40  # poses kept a frame
 _EDGE = 2  # pixels; a mask this near to the picture's edge is taken to be cut by it
 
@@ -241,7 +241,7 @@ def _keypoint_cost(joints: torch.Tensor, centre: torch.Tensor, extent: torch.Ten
     for left, right in PAIRS:
         crossed = cost(left, right) + cost(right, left) + _CROSSED * weight[:, [left, right]].sum(1, keepdim=True)
         total += torch.minimum(cost(left, left) + cost(right, right), crossed)
-    return 0.8 * total / found.shape[1]
+    return 3 * total / found.shape[1]
 
 
 def keypoints(joints: torch.Tensor, nose: torch.Tensor) -> torch.Tensor:

@@ -107,9 +107,20 @@ def test_a_joint_that_is_hardly_seen_is_not_believed():
     track = people._Track((1, 16, 16))
     track.add(0, np.ones((16, 16), bool), np.array([0, 0, 16, 16], np.float32), np.ones((16, 16), bool))
     votes = people._Votes(1, np.array([0]), np.zeros((1, 16, 16), np.float16), [heat], 1.0)
-    confidence = people._person(0, track, votes, least_peak=0.75).joints[0, :, 2]
+    confidence = people._person(track, votes, least_peak=0.75).joints[0, :, 2]
     assert confidence[0] == pytest.approx(0.9)
     assert not confidence[1:].any()
+
+
+def test_what_has_no_joints_is_no_body():
+    joints = np.zeros((3, len(person_net.JOINTS), 3), np.float32)
+    joints[:, :3, 2] = 0.9
+    person = people.Person(0, np.array([True, True, False]), np.zeros((3, 4)), np.zeros((3, 8, 8), bool), joints)
+    assert people._is_a_body(person)
+    joints[:, 1:, 2] = 0.3
+    assert not people._is_a_body(person)
+    joints[2] = 1  # nobody is there in that frame
+    assert not people._is_a_body(person)
 
 
 def test_feet_that_the_network_misses_go_with_somebody_who_stays():
