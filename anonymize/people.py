@@ -179,7 +179,7 @@ class EmbeddedFinder:
             track.masks = sharpened(frames, track.masks, votes.at, everybody & ~track.masks)
             cover(removal, track, margin)
         for track in (*tracks, *others):
-            removal |= _lasting(frames, track, ~known, margin)
+            removal |= _lasting(frames, track, ~moved, margin)
         removal = np.stack([cues.without_holes(mask, MOST_ENCLOSED * mask.size) for mask in removal])
         background, known = cues.background_model(frames, removal)
         removal |= ~known | _left_behind(background, known, margin)
@@ -463,19 +463,20 @@ def cover(removal: np.ndarray, track: "_Track | Person", margin: float) -> None:
             removal[t, y0:y1, x0:x1] = True
 
 
-def _lasting(frames: np.ndarray, track: _Track, unseen: np.ndarray, margin: float, least: float = 0.01) -> np.ndarray:
-    """(H, W) bool: the whole of somebody large who stays where they are, so that nothing was ever seen behind them.
+def _lasting(frames: np.ndarray, track: _Track, same: np.ndarray, margin: float, least: float = 0.01) -> np.ndarray:
+    """(H, W) bool: the whole of somebody large who stays where they are: nothing else was ever seen there, `same`
+    (T, H, W) bool, be it because they were seen all the time, or because they were missed and taken for the scene.
 
     There motion does not correct the network, so GrabCut adds what continues the outline in colour, and what reaches
     near the lower edge of the picture is taken to reach it. Shins, feet and hems are what the network misses first, so
     a box of `_BELOW` of the person's height is added below. Empty for those who leave their place.
     """
-    height, width = unseen.shape
+    height, width = same.shape[1:]
     whole, below = np.zeros((2, height, width), bool)
     times = np.flatnonzero(track.masks.any((1, 2)))
     for t in times[cues.sample_times(len(times), 3)] if len(times) else ():
         mask = track.masks[t]
-        if (mask & unseen).sum() < 0.4 * mask.sum() or mask.mean() < least:
+        if (mask & same[t]).sum() < 0.4 * mask.sum() or mask.mean() < least:
             continue
         core = cv2.erode(mask.astype(np.uint8), cues.disc(2 * margin)) > 0
         near = cues.dilated(mask, 8 * margin)

@@ -133,11 +133,29 @@ def test_feet_that_the_network_misses_go_with_somebody_who_stays():
     track = people._Track(frames.shape[:3])
     for t in range(len(frames)):
         track.add(t, outline, np.array([30, 20, 50, 70], np.float32), outline)
-    lasting = people._lasting(frames, track, outline, margin=1.5)
+    same = np.broadcast_to(outline, frames.shape[:3])
+    lasting = people._lasting(frames, track, same, margin=1.5)
     assert lasting[20:84, 30:50].all()
     assert not lasting[110:].any()
-    left = people._lasting(frames, track, np.zeros_like(outline), margin=1.5)  # the place was seen empty
+    left = people._lasting(frames, track, np.zeros_like(same), margin=1.5)  # something else was there at other times
     assert not left.any()
+
+
+def test_who_stands_still_and_is_found_only_at_first_is_removed_throughout(room, monkeypatch):
+    """From then on the network misses them, so that they are taken for a part of the scene: nothing ever moves there."""
+    frames, truth = film(room, start=-0.3, stop=-0.3)
+    frames[:], truth[:] = frames[8], truth[8]
+    frames = frames + np.random.default_rng(1).integers(0, 3, frames.shape, dtype=np.uint8)
+    likely = cv2.GaussianBlur(truth[0].astype(np.float32), (0, 0), 2)
+    times = np.arange(len(frames))
+    seen = np.float16(times < 9)[:, None, None] * likely.astype(np.float16)
+    heat = np.full((len(person_net.JOINTS), 60, 80), 0.9, np.float32)
+    votes = people._Votes(len(frames), times, seen, [heat] * len(times), 1.0)
+    monkeypatch.setattr(EmbeddedFinder, "_votes", lambda *_: votes)
+    monkeypatch.setattr(people.cues, "stirring", lambda *_: truth)
+    monkeypatch.setattr(people.person_net, "still_person", lambda _, image: np.zeros(image.shape[:2], np.float32))
+    found = EmbeddedFinder().find(frames, FPS)
+    assert found.removal[truth].mean() > 0.99
 
 
 def test_black_bars_are_left_out_of_the_search_and_outlines_go_on_over_them(walk):
