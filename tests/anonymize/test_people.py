@@ -142,7 +142,7 @@ def test_feet_that_the_network_misses_go_with_somebody_who_stays():
 
 
 def test_who_stands_still_and_is_found_only_at_first_is_removed_throughout(room, monkeypatch):
-    """From then on the network misses them, so that they are taken for a part of the scene: nothing ever moves there."""
+    """From then on the network misses them, so they are taken for a part of the scene, where nothing ever moves."""
     frames, truth = film(room, start=-0.3, stop=-0.3)
     frames[:], truth[:] = frames[8], truth[8]
     frames = frames + np.random.default_rng(1).integers(0, 3, frames.shape, dtype=np.uint8)
