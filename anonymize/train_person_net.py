@@ -12,9 +12,10 @@ from all round alike: both maps of each pair of joints came out the same.
 
 On the first shard of seed 1 the mask's IoU is 0.715 after the first run and 0.751 after the second, 0.678 and 0.719
 with the motion channels at 0; on the first shard of seed 2 it is 0.763 after the second and 0.768 after the third,
-0.711 and 0.716 without motion. No run saw the shard it is measured on. On 20 studio videos (seed 21) the median joint is 5.8 % of the height from nose to feet off (elbows 7 %,
-wrists 14 %); after the second run it was 11 %. People seen from behind are mostly taken for people seen from the front.
-How far a run gets in its minutes depends on the machine, so weights differ from run to run; the renders do not.
+0.711 and 0.716 without motion. No run saw the shard it is measured on. On 20 studio videos (seed 21) the median joint
+is 5.8 % of the height from nose to feet off (elbows 7 %, wrists 14 %); after the second run it was 11 %. People seen
+from behind are mostly taken for people seen from the front. How far a run gets in its minutes depends on the machine,
+so weights differ from run to run; the renders do not.
 
 People are our avatars in random poses, seen from near and far, one to three in a picture. They stand in procedural
 rooms, landscapes and clutter, with rendered furniture and other upright things that are nobody; some things stand in
