@@ -21,6 +21,8 @@ from anonymize.pose import Pose
 from maskdp.config import positive
 
 _BELOW = 0.3  # of their height: what may be missing below the outline of somebody who stays where they are
+EDGE = 2  # pixels; who is this near to the picture's edge is cut off by it
+SHINS = [k for k, name in enumerate(person_net.JOINTS) if name.endswith(("knee", "ankle"))]
 MOST_ENCLOSED = 0.02  # part of the picture; a smaller place that the removal encloses goes with it
 FEW_JOINTS, LEAST_JOINTS = 4, 0.5  # so many joints of a person are seen with this mean confidence
 LEAST_STIR = 0.05  # part of a person's outline that changes within a quarter of a second, on average
@@ -176,7 +178,7 @@ class EmbeddedFinder:
         everybody = np.any([track.masks for track in tracks], axis=0)
         for track in tracks:
             cover(removal, track, margin)
-            track.masks = sharpened(frames, track.masks, votes.at, everybody & ~track.masks)
+            track.outlined(sharpened(frames, track.masks, votes.at, everybody & ~track.masks))
             cover(removal, track, margin)
         for track in (*tracks, *others):
             removal |= _lasting(frames, track, ~moved, margin)
@@ -297,6 +299,13 @@ class _Track:
         for side in range(4):
             self.boxes[inside, side] = np.interp(inside, seen, self.boxes[seen, side])
         self.present[inside] = True
+
+    def outlined(self, masks: np.ndarray) -> None:
+        """Takes other outlines, near the first ones; boxes grow to hold both."""
+        self.masks = masks
+        for t in np.flatnonzero(masks.any((1, 2))):
+            box, sides = _box(masks[t]), self.boxes[t]
+            self.boxes[t] = np.concatenate([np.minimum(box[:2], sides[:2]), np.maximum(box[2:], sides[2:])])
 
     def distrust_jumps(self) -> None:
         """Empties outlines whose area is far from the track's usual around that time (a running median)."""
@@ -493,12 +502,15 @@ def _lasting(frames: np.ndarray, track: _Track, same: np.ndarray, margin: float,
 
 
 def _person(track: _Track, votes: _Votes, least_peak: float) -> Person:
-    """The finished track with its joints, those of confidence below `least_peak` of none."""
+    """The finished track with its joints: of no confidence are those below `least_peak`, and knees and ankles of who is
+    cut off by the picture's lower edge, since the network likes to see them at the lower end of anybody."""
     found = np.zeros((len(track.present), len(person_net.JOINTS), 3), np.float32)
     for t in np.flatnonzero(track.present):
         before, after, part = votes.neighbours(t)
         found[t] = joints.read(votes.heat[after if part > 0.5 else before], track.boxes[t], track.masks.shape[1:])
     found[..., 2] *= found[..., 2] >= least_peak
+    cut = track.boxes[:, 3] >= track.masks.shape[1] - EDGE
+    found[np.ix_(cut, SHINS, [2])] = 0
     return Person(0, track.present, track.boxes, track.masks, found)
 
 

@@ -23,7 +23,8 @@ _SIDE, _MARGIN = 32, 2  # of the canvas on which silhouettes are compared, pixel
 _IN_VIEW = (0.72, 0.55, 0.42, 0.3)  # share of the height in view, where the picture's lower edge cuts the person
 _UNUSUAL = 0.1  # weight of the prior against overlap
 _CUT = 0.08  # cost of taking the picture's lower edge to hide the rest of a body
-_ELSEWHERE, _DEPTHS = 0.4, 0.3  # cost of another distance than usual, beyond a difference, in natural units
+_ELSEWHERE, _DEPTHS = 0.4, 0.15  # cost of another distance than usual, beyond a difference, in natural units
+_OFTEN = 0.75  # of the frames; who is cut off more often is cut off in all, and an outline that ends above is wrong
 _HIDDEN = 0.3  # cost a radian of bending legs that nobody sees
 _CROSSED = 0.1  # cost, in extents, of taking a finder's left for right
 _CANDIDATES = 40  # poses kept a frame
@@ -157,6 +158,7 @@ class PoseLibrary:
         extent = torch.from_numpy(boxes[:, 2:].max(1))
         shapes = torch.stack([_normalised_mask(mask, *box) for mask, box in zip(masks, zip(centre, extent))])
         cut = boxes[:, 1] + boxes[:, 3] >= camera.height - _EDGE
+        cut |= cut.mean() > _OFTEN
         views = [self._whole, *self._cut] if cut.any() else [self._whole]
         costs = []
         for index, view in enumerate(views):
@@ -177,13 +179,25 @@ class PoseLibrary:
         middle = (centre - torch.tensor([camera.width / 2, camera.height / 2]))[:, None] / camera.focal
         in_camera = torch.cat([middle * depth[..., None] - offset, depth[..., None]], -1)
         path = _best_path(cost, self.joints[pose], self._facing[pose], depth.log())[:, None]
-        if cut.any() and not cut.all():  # who is cut off is as far away as where they are seen whole
-            far = depth.log().gather(1, path)[torch.from_numpy(~cut)].median()
-            cost = cost + _ELSEWHERE * ((depth.log() - far).abs() - _DEPTHS).relu()
+        if cut.any():  # who is cut off is as far away as where they are seen whole, or else throughout
+            whole = torch.from_numpy(~cut)
+            far = _usual(cost, depth.log()) if cut.all() else depth.log().gather(1, path)[whole].median()
+            cost = cost + _elsewhere(depth.log(), far)
             path = _best_path(cost, self.joints[pose], self._facing[pose], depth.log())[:, None]
         chosen = in_camera.gather(1, path[..., None].expand(-1, -1, 3))[:, 0]
         rotation, translation = (torch.as_tensor(x, dtype=torch.float32) for x in (camera.rotation, camera.translation))
         return Found(self.angles[pose.gather(1, path)[:, 0]], (chosen - translation) @ rotation, extent)
+
+
+def _elsewhere(log_depth: torch.Tensor, usual: torch.Tensor) -> torch.Tensor:
+    """What it costs to be at another distance than usual."""
+    return _ELSEWHERE * ((log_depth - usual).abs() - _DEPTHS).relu()
+
+
+def _usual(cost: torch.Tensor, log_depth: torch.Tensor) -> torch.Tensor:
+    """The log distance at which poses fit best in all the frames together; costs and log depths (T, K)."""
+    tried = torch.linspace(log_depth.min(), log_depth.max(), 20)
+    return tried[torch.stack([(cost + _elsewhere(log_depth, far)).amin(1).sum() for far in tried]).argmin()]
 
 
 def _prior(legs: torch.Tensor, pelvis: torch.Tensor) -> torch.Tensor:

@@ -112,6 +112,18 @@ def test_a_joint_that_is_hardly_seen_is_not_believed():
     assert not confidence[1:].any()
 
 
+def test_legs_of_who_is_cut_off_by_the_lower_edge_are_not_believed():
+    heat = np.full((len(person_net.JOINTS), 8, 8), 0.8, np.float32)
+    track = people._Track((2, 16, 16))
+    for t, bottom in enumerate((12, 16)):
+        track.add(t, np.ones((16, 16), bool), np.array([0, 0, 16, bottom], np.float32), np.ones((16, 16), bool))
+    votes = people._Votes(2, np.arange(2), np.zeros((2, 16, 16), np.float16), [heat] * 2, 1.0)
+    inside, cut = people._person(track, votes, least_peak=0.3).joints[..., 2]
+    assert inside.all()
+    assert not cut[people.SHINS].any()
+    assert cut[: people.SHINS[0]].all()
+
+
 def test_what_has_no_joints_is_no_body():
     joints = np.zeros((3, len(person_net.JOINTS), 3), np.float32)
     joints[:, :3, 2] = 0.9
