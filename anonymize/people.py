@@ -20,9 +20,10 @@ from anonymize.outline import sharpened
 from anonymize.pose import Pose
 from maskdp.config import positive
 
-_BELOW = 0.3  # of their height: what may be missing below the outline of somebody who stays where they are
+_BELOW = 0.45  # of their height: what may be missing below the outline of somebody who stays: all below the knees
 EDGE = 2  # pixels; who is this near to the picture's edge is cut off by it
 SHINS = [k for k, name in enumerate(person_net.JOINTS) if name.endswith(("knee", "ankle"))]
+_LEGS = 2  # of the height of what is seen of them: how much farther down somebody's feet may be
 MOST_ENCLOSED = 0.02  # part of the picture; a smaller place that the removal encloses goes with it
 FEW_JOINTS, LEAST_JOINTS = 4, 0.5  # so many joints of a person are seen with this mean confidence
 LEAST_STIR = 0.05  # part of a person's outline that changes within a quarter of a second, on average
@@ -181,7 +182,7 @@ class EmbeddedFinder:
             track.outlined(sharpened(frames, track.masks, votes.at, everybody & ~track.masks))
             cover(removal, track, margin)
         for track in (*tracks, *others):
-            removal |= _lasting(frames, track, ~moved, margin)
+            removal |= _lasting(frames, track, ~moved, likely & ~moved, margin)
         removal = np.stack([cues.without_holes(mask, MOST_ENCLOSED * mask.size) for mask in removal])
         background, known = cues.background_model(frames, removal)
         removal |= ~known | _left_behind(background, known, margin)
@@ -472,13 +473,16 @@ def cover(removal: np.ndarray, track: "_Track | Person", margin: float) -> None:
             removal[t, y0:y1, x0:x1] = True
 
 
-def _lasting(frames: np.ndarray, track: _Track, same: np.ndarray, margin: float, least: float = 0.01) -> np.ndarray:
+def _lasting(
+    frames: np.ndarray, track: _Track, same: np.ndarray, still: np.ndarray, margin: float, least: float = 0.01
+) -> np.ndarray:
     """(H, W) bool: the whole of somebody large who stays where they are: nothing else was ever seen there, `same`
     (T, H, W) bool, be it because they were seen all the time, or because they were missed and taken for the scene.
 
     There motion does not correct the network, so GrabCut adds what continues the outline in colour, and what reaches
     near the lower edge of the picture is taken to reach it. Shins, feet and hems are what the network misses first, so
-    a box of `_BELOW` of the person's height is added below. Empty for those who leave their place.
+    a box of `_BELOW` of the person's height is added below, or down to where feet are `still` (T, H, W) seen, which
+    may be those of the same person. Empty for those who leave their place.
     """
     height, width = same.shape[1:]
     whole, below = np.zeros((2, height, width), bool)
@@ -496,7 +500,9 @@ def _lasting(frames: np.ndarray, track: _Track, same: np.ndarray, margin: float,
         more = _BELOW * np.ptp(rows)
         columns = np.flatnonzero(mask[int(rows[-1] - more) :].any(0))
         left, right = int(max(columns[0] - 3 * margin, 0)), int(columns[-1] + 3 * margin) + 1
-        below[int(rows[-1] - more) : int(rows[-1] + more) + 1, left:right] = True
+        feet = still[:, rows[-1] : rows[-1] + round(_LEGS * np.ptp(rows)), left:right].any((0, 2))
+        more = max([more, *np.flatnonzero(feet)])
+        below[int(rows[-1] - _BELOW * np.ptp(rows)) : int(rows[-1] + more) + 1, left:right] = True
     reach = whole & (np.arange(height)[:, None] > 0.8 * height)
     return whole | below | np.maximum.accumulate(reach, axis=0)
 

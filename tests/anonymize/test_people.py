@@ -146,11 +146,17 @@ def test_feet_that_the_network_misses_go_with_somebody_who_stays():
     for t in range(len(frames)):
         track.add(t, outline, np.array([30, 20, 50, 70], np.float32), outline)
     same = np.broadcast_to(outline, frames.shape[:3])
-    lasting = people._lasting(frames, track, same, margin=1.5)
-    assert lasting[20:84, 30:50].all()
+    still = np.zeros_like(same)
+    lasting = people._lasting(frames, track, same, still, margin=1.5)
+    assert lasting[20:92, 30:50].all()
     assert not lasting[110:].any()
-    left = people._lasting(frames, track, np.zeros_like(same), margin=1.5)  # something else was there at other times
+    left = people._lasting(frames, track, still, still, margin=1.5)  # something else was there at other times
     assert not left.any()
+    still[3, 104:108, 34:38] = still[3, 104:108, 10:14] = True  # feet, of theirs and of somebody aside
+    lasting = people._lasting(frames, track, same, still, margin=1.5)
+    assert lasting[20:108, 30:50].all()
+    assert not lasting[110:].any()
+    assert not lasting[:, :20].any()
 
 
 def test_who_stands_still_and_is_found_only_at_first_is_removed_throughout(room, monkeypatch):
