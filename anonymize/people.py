@@ -18,10 +18,10 @@ from anonymize import cues, joints, person_net, split
 from anonymize.camera import Camera
 from anonymize.outline import sharpened
 from anonymize.pose import Pose
+from anonymize.pose_library import EDGE
 from maskdp.config import positive
 
 _BELOW = 0.45  # of their height: what may be missing below the outline of somebody who stays: all below the knees
-EDGE = 2  # pixels; who is this near to the picture's edge is cut off by it
 SHINS = [k for k, name in enumerate(person_net.JOINTS) if name.endswith(("knee", "ankle"))]
 _LEGS = 2  # of the height of what is seen of them: how much farther down somebody's feet may be
 MOST_ENCLOSED = 0.02  # part of the picture; a smaller place that the removal encloses goes with it
@@ -181,8 +181,9 @@ class EmbeddedFinder:
             cover(removal, track, margin)
             track.outlined(sharpened(frames, track.masks, votes.at, everybody & ~track.masks))
             cover(removal, track, margin)
+        same, still = ~moved, likely & ~moved
         for track in (*tracks, *others):
-            removal |= _lasting(frames, track, ~moved, likely & ~moved, margin)
+            removal |= _lasting(frames, track, same, still, margin)
         removal = np.stack([cues.without_holes(mask, MOST_ENCLOSED * mask.size) for mask in removal])
         background, known = cues.background_model(frames, removal)
         removal |= ~known | _left_behind(background, known, margin)
@@ -497,12 +498,12 @@ def _lasting(
         seed[~near & (np.arange(height)[:, None] > 0.85 * height) & near.any(0)] = 0.3
         whole |= cues.dilated(cues.grabcut(frames[t], seed), 2 * margin)
         rows = np.flatnonzero(mask.any(1))
-        more = _BELOW * np.ptp(rows)
-        columns = np.flatnonzero(mask[int(rows[-1] - more) :].any(0))
+        tall, low = np.ptp(rows), rows[-1]
+        shins = _BELOW * tall
+        columns = np.flatnonzero(mask[int(low - shins) :].any(0))
         left, right = int(max(columns[0] - 3 * margin, 0)), int(columns[-1] + 3 * margin) + 1
-        feet = still[:, rows[-1] : rows[-1] + round(_LEGS * np.ptp(rows)), left:right].any((0, 2))
-        more = max([more, *np.flatnonzero(feet)])
-        below[int(rows[-1] - _BELOW * np.ptp(rows)) : int(rows[-1] + more) + 1, left:right] = True
+        feet = np.flatnonzero(still[:, low : low + round(_LEGS * tall), left:right].any((0, 2)))
+        below[int(low - shins) : int(low + max([shins, *feet])) + 1, left:right] = True
     reach = whole & (np.arange(height)[:, None] > 0.8 * height)
     return whole | below | np.maximum.accumulate(reach, axis=0)
 

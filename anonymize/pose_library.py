@@ -28,7 +28,7 @@ _OFTEN = 0.75  # of the frames; who is cut off more often is cut off in all, and
 _HIDDEN = 0.3  # cost a radian of bending legs that nobody sees
 _CROSSED = 0.1  # cost, in extents, of taking a finder's left for right
 _CANDIDATES = 40  # poses kept a frame
-_EDGE = 2  # pixels; a mask this near to the picture's edge is taken to be cut by it
+EDGE = 2  # pixels; who is this near to the picture's edge is taken to be cut off by it
 
 SurfaceFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """Angles (N, 66), pelvis first → surface points (N, P, 3), joints (N, 22, 3), nose (N, 3), without translation."""
@@ -157,7 +157,7 @@ class PoseLibrary:
         centre = torch.from_numpy(boxes[:, :2] + boxes[:, 2:] / 2)
         extent = torch.from_numpy(boxes[:, 2:].max(1))
         shapes = torch.stack([_normalised_mask(mask, *box) for mask, box in zip(masks, zip(centre, extent))])
-        cut = boxes[:, 1] + boxes[:, 3] >= camera.height - _EDGE
+        cut = boxes[:, 1] + boxes[:, 3] >= camera.height - EDGE
         cut |= cut.mean() > _OFTEN
         views = [self._whole, *self._cut] if cut.any() else [self._whole]
         costs = []
