@@ -31,9 +31,13 @@ from typing import Any
 import cv2
 import numpy as np
 
-from anonymize import on_ray, precomputed, sheets, video, weights
+from anonymize import weights
+from anonymize.batch import ray as on_ray
+from anonymize.batch import sheets
 from anonymize.config import AnonymizeConfig, AutoConfig
-from anonymize.people import EmbeddedConfig, FinderConfig
+from anonymize.people import FinderConfig, precomputed
+from anonymize.people.embedded.finder import EmbeddedConfig
+from anonymize.vision import video
 from maskdp import __version__, atomic, config, layers, progress
 from maskdp.errors import UserError
 

@@ -4,12 +4,13 @@ import dataclasses
 from dataclasses import field
 
 from anonymize import weights
-from anonymize.fit import FitConfig
-from anonymize.inpaint import InpaintConfig, OpenCVInpaint
-from anonymize.model_finder import ModelsConfig
-from anonymize.people import EmbeddedConfig, FinderConfig
-from anonymize.precomputed import PrecomputedConfig
-from anonymize.refine import NoRefinement, RefineConfig
+from anonymize.fitting.fit import FitConfig
+from anonymize.people import FinderConfig
+from anonymize.people.embedded.finder import EmbeddedConfig
+from anonymize.people.models.finder import ModelsConfig
+from anonymize.people.precomputed import PrecomputedConfig
+from anonymize.refine.refiner import NoRefinement, RefineConfig
+from anonymize.scene.inpaint import InpaintConfig, OpenCVInpaint
 from maskdp.config import fingerprint, one_of, positive
 from maskdp.errors import UserError
 

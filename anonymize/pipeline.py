@@ -6,20 +6,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from anonymize import control
-from anonymize.body import Body
-from anonymize.camera import Camera
+from anonymize.avatar.body import Body
+from anonymize.avatar.camera import Camera
+from anonymize.avatar.pose import Pose
+from anonymize.avatar.render import Mesh, render
+from anonymize.avatar.wardrobe import Avatar, Wardrobe
 from anonymize.config import AvatarConfig, PipelineConfig
-from anonymize.depth import in_order
-from anonymize.fit import Fit, SilhouetteFitter
-from anonymize.model_finder import ModelFinder, ModelsConfig
-from anonymize.people import EmbeddedFinder, FinderConfig, People, PeopleFinder, Person
-from anonymize.pose import Pose
-from anonymize.precomputed import PrecomputedConfig
-from anonymize.refine import Drawing
-from anonymize.removal import remove
-from anonymize.render import Mesh, render
-from anonymize.wardrobe import Avatar, Wardrobe
+from anonymize.fitting.fit import Fit, SilhouetteFitter
+from anonymize.people import FinderConfig, People, PeopleFinder, Person
+from anonymize.people.embedded.finder import EmbeddedFinder
+from anonymize.people.models.depth import in_order
+from anonymize.people.models.finder import ModelFinder, ModelsConfig
+from anonymize.people.precomputed import PrecomputedConfig
+from anonymize.refine import control
+from anonymize.refine.refiner import Drawing
+from anonymize.scene.removal import remove
 
 _CHUNK = 32  # frames posed at a time
 

@@ -16,8 +16,10 @@ import cv2
 import tensorflow_datasets  # noqa: F401, its import is not to be counted
 import torch
 
-from anonymize import command, pipeline, studio, video
+from anonymize import command, pipeline
 from anonymize.config import AnonymizeConfig
+from anonymize.studio import film
+from anonymize.vision import video
 from maskdp import layers
 
 SHORT_SIDE, MAX_FRAMES = 256, 300
@@ -92,9 +94,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = options.videos
         if not paths:
-            studio.main(
-                ["--out", f"{folder}/studio", "--videos", "4", "--frames", "48", "--size", "256", "--seed", "1"]
-            )
+            film.main(["--out", f"{folder}/studio", "--videos", "4", "--frames", "48", "--size", "256", "--seed", "1"])
             paths = sorted(pathlib.Path(folder, "studio").rglob("*.mp4"))
         figures = measure(paths, pathlib.Path(folder))
     if options.json:

@@ -11,7 +11,7 @@ from maskdp.errors import UserError
 # name: (module, function taking the remaining arguments and returning an exit status, one line of help)
 COMMANDS = {
     "demo": ("maskdp.demo", "main", "the whole job on generated videos; writes report.html"),
-    "studio": ("anonymize.studio", "main", "generate raw videos of actions with known truth"),
+    "studio": ("anonymize.studio.film", "main", "generate raw videos of actions with known truth"),
     "anonymize": ("anonymize.command", "main", "videos -> two-layer TFDS shards, people replaced by avatars"),
     "weights": ("anonymize.weights", "main", "fetch public weights for the anonymizer's model backends"),
     "train": ("maskdp_jax.train", "main", "one training run -> checkpoint, privacy card, metrics"),

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from anonymize import motions
 from anonymize.audit.findings import Finding, interval
 from anonymize.audit.footage import Footage, mask_iou
-from anonymize.camera import Camera
+from anonymize.avatar.camera import Camera
 from anonymize.config import PipelineConfig
 from anonymize.pipeline import Anonymizer, identity_key
+from anonymize.studio import motions
 from maskdp import progress
 
 BODY_JOINTS = 22

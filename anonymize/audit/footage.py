@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 import cv2
 import numpy as np
 
-from anonymize import studio, video
 from anonymize.command import EXTENSIONS
 from anonymize.config import AnonymizeConfig
-from anonymize.cues import sample_times
+from anonymize.studio import film
+from anonymize.vision import video
+from anonymize.vision.cues import sample_times
 from maskdp import config, layers
 from maskdp.errors import UserError
 
@@ -26,7 +27,7 @@ class Footage:
     """
 
     frames: np.ndarray
-    truth: studio.Truth
+    truth: film.Truth
     fps: float
 
     @property
@@ -87,13 +88,13 @@ class Archive:
             return None
         parts = video.clips(path, short_side=settings.short_side, max_frames=settings.max_frames)
         clip = next(part for index, part in enumerate(parts) if index == number)
-        truth = studio.read_truth(file)
+        truth = film.read_truth(file)
         here = slice(number * settings.max_frames, number * settings.max_frames + len(clip.frames))
         size = clip.frames.shape[2:0:-1]
         masks = np.stack([[_resized(mask, size) for mask in person[here]] for person in truth.masks])
         if masks.shape[1] != len(clip.frames) or frames not in (None, len(clip.frames)):
             return None
-        truth = studio.Truth(
+        truth = film.Truth(
             masks,
             cv2.resize(truth.empty, size, interpolation=cv2.INTER_AREA),
             tuple(pose[here] for pose in truth.poses),

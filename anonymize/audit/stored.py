@@ -5,10 +5,10 @@ import dataclasses
 import cv2
 import numpy as np
 
-from anonymize import cues
 from anonymize.audit.findings import Finding, interval
 from anonymize.audit.footage import Archive, Footage, mask_iou
-from anonymize.removal import detectors
+from anonymize.scene.removal import detectors
+from anonymize.vision import cues
 from maskdp import layers, progress
 
 DISTINCT = 40  # grey levels between a person and the empty room, in a pixel that can tell one from the other

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 from anonymize.audit.footage import Archive, Footage
-from anonymize.cues import sample_times
+from anonymize.vision.cues import sample_times
 from maskdp import layers, progress
 
 TREATMENTS = ("original", "blurred", "silhouette", "box", "anonymized")

@@ -140,7 +140,7 @@ def source_frames(path: pathlib.Path | None, record: layers.Record) -> UInt8[np.
     """The frames of the source that the video's first clip was made of."""
     if path is None:
         return None
-    from anonymize import video
+    from anonymize.vision import video
 
     frames = next(video.clips(path, short_side=2 * HEIGHT, max_frames=record.frames)).frames
     return frames if len(frames) == record.frames else None

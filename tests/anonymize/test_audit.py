@@ -8,19 +8,20 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from anonymize import studio, video
 from anonymize.audit import REPORT, accuracy, canary, findings, reidentify, stored, treatments, utility
 from anonymize.audit.footage import Archive, Footage
-from anonymize.body import Body
+from anonymize.avatar.body import Body
+from anonymize.avatar.wardrobe import Wardrobe
 from anonymize.config import AnonymizeConfig
-from anonymize.fit import Fit
+from anonymize.fitting.fit import Fit
 from anonymize.people import People, Person
 from anonymize.pipeline import Anonymizer
-from anonymize.wardrobe import Wardrobe
+from anonymize.studio import film
+from anonymize.vision import video
 from maskdp import cli, config, layers
 
 torch.set_num_threads(1)
-FILMED = studio.StudioConfig(
+FILMED = film.StudioConfig(
     out="", videos=4, identities=4, rooms=4, frames=4, fps=4.0, size=64, second_person=0.0, test_fraction=0.5
 )
 
@@ -29,7 +30,7 @@ FILMED = studio.StudioConfig(
 def filmed(tmp_path_factory):
     """Four studio videos with their truth."""
     folder = tmp_path_factory.mktemp("studio")
-    studio.generate(dataclasses.replace(FILMED, out=str(folder)))
+    film.generate(dataclasses.replace(FILMED, out=str(folder)))
     return folder
 
 
@@ -38,7 +39,7 @@ def write(filmed, folder, private):
     clips = []
     for path in sorted((filmed / "videos").iterdir()):
         frames = next(video.clips(path, max_frames=99)).frames
-        truth = studio.read_truth(filmed / "truth" / f"{path.stem}.npz")
+        truth = film.read_truth(filmed / "truth" / f"{path.stem}.npz")
         alpha = truth.masks.any(0)[..., None] * np.uint8(255)
         rgba = np.concatenate([np.where(alpha, np.uint8(90), 0).repeat(3, -1), alpha], -1)
         name = path.stem.rsplit("-", 1)[1]
@@ -74,7 +75,7 @@ def leaking(filmed, tmp_path_factory):
 
 
 @pytest.fixture
-def film(filmed) -> Footage:
+def take(filmed) -> Footage:
     archive = Archive.__new__(Archive)
     archive.settings = AnonymizeConfig(out="out")
     return archive.film(sorted((filmed / "videos").iterdir())[0])
@@ -131,34 +132,34 @@ def test_a_users_mistake_is_one_line_and_status_2(clean, arguments, message, cap
 # ------------------------------------------------------------------------------------------------------------- canary
 
 
-def correlated(film, coins, layer, settings):
+def correlated(take, coins, layer, settings):
     place = canary.Correlator(settings)
-    place.add(coins, layer.astype(float).mean(-1), film.people)
+    place.add(coins, layer.astype(float).mean(-1), take.people)
     return place
 
 
-def test_a_canary_is_found_where_it_is_and_nowhere_else(film):
+def test_a_canary_is_found_where_it_is_and_nowhere_else(take):
     """In the recording; in a private layer that holds a part of it, moved by three pixels, after JPEG; not in an empty
     room."""
     settings = canary.CanaryConfig(amplitude=80, shift=3)
-    coins = np.random.default_rng(0).choice([-1.0, 1.0], [side // 2 for side in film.frames.shape[1:3]])
-    painted = canary.painted(film, coins, settings)
-    assert (painted[~film.people] == film.frames[~film.people]).all()
-    scene = film.truth.empty.astype(float)
-    assert correlated(film, coins, painted - scene, settings).false_alarm < settings.false_alarm
-    rgba = np.zeros((*film.frames.shape[:3], 4), np.uint8)
+    coins = np.random.default_rng(0).choice([-1.0, 1.0], [side // 2 for side in take.frames.shape[1:3]])
+    painted = canary.painted(take, coins, settings)
+    assert (painted[~take.people] == take.frames[~take.people]).all()
+    scene = take.truth.empty.astype(float)
+    assert correlated(take, coins, painted - scene, settings).false_alarm < settings.false_alarm
+    rgba = np.zeros((*take.frames.shape[:3], 4), np.uint8)
     for part, found in ((0.0, False), (0.5, True)):
         mixed = scene + part * (np.roll(painted - scene, (3, -3), (1, 2)))
         kept = canary.stored(rgba, mixed.round().clip(0, 255).astype(np.uint8), 4.0, "jpeg")
-        assert (correlated(film, coins, kept.private - scene, settings).false_alarm < settings.false_alarm) == found
+        assert (correlated(take, coins, kept.private - scene, settings).false_alarm < settings.false_alarm) == found
 
 
-def test_false_alarms_are_no_more_frequent_than_stated(film):
+def test_false_alarms_are_no_more_frequent_than_stated(take):
     """Over 300 patterns that were never painted."""
     settings = canary.CanaryConfig(shift=1)
     rng = np.random.default_rng(1)
-    shape = [side // 2 for side in film.frames.shape[1:3]]
-    bounds = [correlated(film, rng.choice([-1.0, 1.0], shape), film.frames, settings).false_alarm for _ in range(300)]
+    shape = [side // 2 for side in take.frames.shape[1:3]]
+    bounds = [correlated(take, rng.choice([-1.0, 1.0], shape), take.frames, settings).false_alarm for _ in range(300)]
     for level in (0.5, 0.1, 0.02):
         assert np.mean(np.array(bounds) <= level) <= level + 3 * np.sqrt(level / 300)
 
@@ -179,9 +180,9 @@ class Naive:
 
 
 @pytest.mark.parametrize("reads_the_scene", [False, True])
-def test_an_avatar_in_the_colours_of_the_scene_breaks_non_interference(film, monkeypatch, reads_the_scene):
+def test_an_avatar_in_the_colours_of_the_scene_breaks_non_interference(take, monkeypatch, reads_the_scene):
     monkeypatch.setattr(canary, "Anonymizer", lambda settings, secret: Naive(reads_the_scene))
-    found = canary.check([film], 1, None, "jpeg", b"", canary.CanaryConfig(), 0)
+    found = canary.check([take], 1, None, "jpeg", b"", canary.CanaryConfig(), 0)
     same = next(finding for finding in found if "the same public bytes" in finding.check)
     assert same.holds == (not reads_the_scene)
 
@@ -274,15 +275,15 @@ def test_procrustes_error_forgets_rotation_scale_and_place_but_no_mirror():
 
 
 @pytest.mark.parametrize("missed", [False, True])
-def test_a_perfect_finder_and_fit_score_perfectly_and_a_missed_person_counts(film, missed):
+def test_a_perfect_finder_and_fit_score_perfectly_and_a_missed_person_counts(take, missed):
     """The second of two people is either found, too, or missed."""
     both = dataclasses.replace(
-        film.truth,
-        masks=np.concatenate([film.truth.masks, film.truth.masks[..., ::-1] & ~film.truth.masks]),
-        poses=film.truth.poses * 2,
-        betas=np.repeat(film.truth.betas, 2, 0),
+        take.truth,
+        masks=np.concatenate([take.truth.masks, take.truth.masks[..., ::-1] & ~take.truth.masks]),
+        poses=take.truth.poses * 2,
+        betas=np.repeat(take.truth.betas, 2, 0),
     )
-    total = len(film.frames)
+    total = len(take.frames)
     persons = tuple(
         Person(k, mask.any((1, 2)), np.zeros((total, 4)), mask, np.zeros((total, 14, 3)))
         for k, mask in enumerate(both.masks[: 1 if missed else 2])
@@ -293,7 +294,7 @@ def test_a_perfect_finder_and_fit_score_perfectly_and_a_missed_person_counts(fil
     anonymizer.config, anonymizer.body, anonymizer.wardrobe = AnonymizeConfig(out="out"), Body(), Wardrobe(b"7" * 16)
     anonymizer.finder = type("Fixed", (), {"find": lambda self, frames, fps: found})()
     anonymizer.fitter = lambda person, camera, avatar: Fit(both.poses[0], np.ones(total, bool), np.ones(total))
-    scores = accuracy.score(anonymizer, dataclasses.replace(film, truth=both))
+    scores = accuracy.score(anonymizer, dataclasses.replace(take, truth=both))
     expected = [1.0] * total + [0.0 if missed else 1.0] * total
     assert scores.removed == scores.tracked == expected
     assert scores.iou == [1.0] * len(persons) * total
@@ -316,11 +317,11 @@ def test_interval_covers_the_mean_and_widens_with_dependent_values():
     assert 0.88 < np.mean(covered) <= 1
 
 
-def test_what_a_person_left_counts_and_a_painted_place_does_not(film):
-    private = np.broadcast_to(film.truth.empty, film.frames.shape).copy()
-    assert stored.still_shown(film, private, 1) < 0.02
-    arm = film.people[1] & (np.arange(film.frames.shape[1]) % 64 < 32)[:, None]
-    private[1][arm] = film.frames[1][arm]
-    assert stored.still_shown(film, private, 1) > 0.1
-    private[1][film.people[1]] = film.frames[1][film.people[1]].mean(0)
-    assert stored.still_shown(film, private, 1) < 0.1
+def test_what_a_person_left_counts_and_a_painted_place_does_not(take):
+    private = np.broadcast_to(take.truth.empty, take.frames.shape).copy()
+    assert stored.still_shown(take, private, 1) < 0.02
+    arm = take.people[1] & (np.arange(take.frames.shape[1]) % 64 < 32)[:, None]
+    private[1][arm] = take.frames[1][arm]
+    assert stored.still_shown(take, private, 1) > 0.1
+    private[1][take.people[1]] = take.frames[1][take.people[1]].mean(0)
+    assert stored.still_shown(take, private, 1) < 0.1

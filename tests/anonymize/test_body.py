@@ -6,8 +6,8 @@ import pytest
 import smplx
 import torch
 
-from anonymize.body import EMBEDDED, JOINTS, VERTICES, Body
-from anonymize.pose import Pose
+from anonymize.avatar.body import EMBEDDED, JOINTS, VERTICES, Body
+from anonymize.avatar.pose import Pose
 from maskdp.errors import UserError
 
 torch.set_num_threads(1)

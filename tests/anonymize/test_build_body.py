@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from anonymize.body import EMBEDDED, JOINTS
+from anonymize.avatar.body import EMBEDDED, JOINTS
 
-build_body = pytest.importorskip("anonymize.build_body", reason="needs the [body] extras", exc_type=ImportError)
+build_body = pytest.importorskip("anonymize.make.body", reason="needs the [body] extras", exc_type=ImportError)
 
 
 @pytest.fixture(scope="module")

@@ -23,12 +23,14 @@ import numpy as np
 import pytest
 import torch
 
-from anonymize import command, motions, pipeline, video
-from anonymize.body import Body
-from anonymize.camera import Camera
-from anonymize.fit import FitConfig
+from anonymize import command, pipeline
+from anonymize.avatar.body import Body
+from anonymize.avatar.camera import Camera
+from anonymize.avatar.render import silhouette
+from anonymize.fitting.fit import FitConfig
 from anonymize.people import FinderConfig, People, Person
-from anonymize.render import silhouette
+from anonymize.studio import motions
+from anonymize.vision import video
 from maskdp import cli, layers
 from maskdp.errors import UserError
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from anonymize import control
-from anonymize.body import Body
-from anonymize.camera import Camera
-from anonymize.fit import Fit
-from anonymize.pose import Pose
-from anonymize.render import Mesh, render
+from anonymize.avatar.body import Body
+from anonymize.avatar.camera import Camera
+from anonymize.avatar.pose import Pose
+from anonymize.avatar.render import Mesh, render
+from anonymize.fitting.fit import Fit
+from anonymize.refine import control
 
 CAMERA = Camera.default(160, 160)
 

@@ -2,7 +2,7 @@ import cv2
 import numpy as np
 import pytest
 
-from anonymize import cues
+from anonymize.vision import cues
 
 
 @pytest.fixture

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from anonymize import motions
-from anonymize.body import Body
-from anonymize.camera import Camera
-from anonymize.fit import FitConfig, SilhouetteFitter
+from anonymize.avatar.body import Body
+from anonymize.avatar.camera import Camera
+from anonymize.avatar.render import silhouette
+from anonymize.avatar.wardrobe import Avatar, draw_identity
+from anonymize.fitting.fit import FitConfig, SilhouetteFitter
+from anonymize.fitting.pose_library import KEYPOINTS, random_poses, uncrossed
 from anonymize.people import Person
-from anonymize.pose_library import KEYPOINTS, random_poses, uncrossed
-from anonymize.render import silhouette
-from anonymize.wardrobe import Avatar, draw_identity
+from anonymize.studio import motions
 from maskdp.errors import UserError
 
 SIZE, FRAMES = 112, 8

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from anonymize.config import AnonymizeConfig
-from anonymize.cues import inpainted
-from anonymize.inpaint import DiffusersInpaint, OpenCVInpaint
 from anonymize.people import People
-from anonymize.removal import remove
+from anonymize.scene.inpaint import DiffusersInpaint, OpenCVInpaint
+from anonymize.scene.removal import remove
+from anonymize.vision.cues import inpainted
 from maskdp import config
 from maskdp.errors import UserError
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from anonymize import joints, person_net
+from anonymize.people.embedded import joints, person_net
 
 LEFT, RIGHT = (person_net.JOINTS.index(f"{side}_wrist") for side in ("left", "right"))
 WHOLE = np.array([0, 0, 128, 96], np.float32)  # a picture of 96 rows and 128 columns; the maps have half of each

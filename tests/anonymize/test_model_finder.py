@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from anonymize import command, cues, pipeline
+from anonymize import command, pipeline
 from anonymize.config import AnonymizeConfig, AutoConfig, PipelineConfig
-from anonymize.fit import FitConfig
-from anonymize.model_finder import ModelFinder, ModelsConfig
-from anonymize.people import EmbeddedConfig
+from anonymize.fitting.fit import FitConfig
+from anonymize.people.embedded.finder import EmbeddedConfig
+from anonymize.people.models.finder import ModelFinder, ModelsConfig
+from anonymize.vision import cues
 from maskdp.errors import UserError
 
 TOTAL, HEIGHT, WIDTH = 25, 60, 100

@@ -8,14 +8,14 @@ import pytest
 import torch
 import transformers as hf
 
-from anonymize import person_net
-from anonymize.camera import Camera
-from anonymize.depth import Depth, in_order
-from anonymize.detector import Detector
-from anonymize.keypoints import COCO, Keypoints, as_joints, peaks
-from anonymize.model_input import ModelInput
-from anonymize.render import Mesh, render
-from anonymize.tracker import Tracker
+from anonymize.avatar.camera import Camera
+from anonymize.avatar.render import Mesh, render
+from anonymize.people.embedded import person_net
+from anonymize.people.models.depth import Depth, in_order
+from anonymize.people.models.detector import Detector
+from anonymize.people.models.keypoints import COCO, Keypoints, as_joints, peaks
+from anonymize.people.models.model_input import ModelInput
+from anonymize.people.models.tracker import Tracker
 from maskdp.errors import UserError
 from tests.anonymize import tiny_models
 

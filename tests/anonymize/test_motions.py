@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from anonymize import motions
-from anonymize.body import Body
+from anonymize.avatar.body import Body
+from anonymize.studio import motions
 
 torch.set_num_threads(1)
 AIRBORNE = {"jumping_jack": 0.15, "jog": 0.15}  # metres; every other action keeps a foot on the floor

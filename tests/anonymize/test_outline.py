@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from anonymize.outline import sharpened
+from anonymize.people.embedded.outline import sharpened
 
 SIDE, FRAMES = 64, 6
 

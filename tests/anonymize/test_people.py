@@ -3,13 +3,15 @@ import numpy as np
 import pytest
 import torch
 
-from anonymize import motions, people, person_net
-from anonymize.body import Body
-from anonymize.camera import Camera
-from anonymize.people import EmbeddedFinder
-from anonymize.removal import remove
-from anonymize.render import render
-from anonymize.wardrobe import Avatar, draw_identity
+from anonymize.avatar.body import Body
+from anonymize.avatar.camera import Camera
+from anonymize.avatar.render import render
+from anonymize.avatar.wardrobe import Avatar, draw_identity
+from anonymize.people.embedded import finder as people
+from anonymize.people.embedded import person_net
+from anonymize.people.embedded.finder import EmbeddedFinder
+from anonymize.scene.removal import remove
+from anonymize.studio import motions
 
 FPS = 12.0
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from anonymize import person_net, train_person_net
-from anonymize.pose_library import random_poses
+from anonymize.fitting.pose_library import random_poses
+from anonymize.make import person_net as train_person_net
+from anonymize.people.embedded import person_net
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from anonymize.body import Body
-from anonymize.camera import Camera
+from anonymize.avatar.body import Body
+from anonymize.avatar.camera import Camera
+from anonymize.avatar.pose import Pose
+from anonymize.avatar.render import silhouette
+from anonymize.avatar.wardrobe import Avatar, Wardrobe
 from anonymize.config import AvatarConfig, LimitsConfig, PipelineConfig
-from anonymize.fit import Fit, FitConfig
+from anonymize.fitting.fit import Fit, FitConfig
 from anonymize.people import People, Person
 from anonymize.pipeline import Anonymizer, identity_key, render_public
-from anonymize.pose import Pose
-from anonymize.refine import ControlNetConfig
-from anonymize.render import silhouette
-from anonymize.wardrobe import Avatar, Wardrobe
+from anonymize.refine.refiner import ControlNetConfig
 from maskdp import layers
 
 SIZE, FRAMES = 64, 4

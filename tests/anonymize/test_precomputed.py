@@ -9,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from anonymize import motions, precomputed, video
-from anonymize.body import Body
-from anonymize.camera import Camera
-from anonymize.precomputed import Precomputed, PrecomputedConfig, decode_rle
-from anonymize.render import silhouette
+from anonymize.avatar.body import Body
+from anonymize.avatar.camera import Camera
+from anonymize.avatar.render import silhouette
+from anonymize.people import precomputed
+from anonymize.people.precomputed import Precomputed, PrecomputedConfig, decode_rle
+from anonymize.studio import motions
+from anonymize.vision import video
 from maskdp import cli, layers
 from maskdp.errors import UserError
 

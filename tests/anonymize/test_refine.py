@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from anonymize import refine_video
+from anonymize.avatar.wardrobe import Wardrobe
 from anonymize.config import AnonymizeConfig
-from anonymize.refine import AnimateConfig, ControlNetConfig, Drawing, NoRefinement, Refiner, VaceConfig, prompt
-from anonymize.wardrobe import Wardrobe
+from anonymize.refine import wan
+from anonymize.refine.refiner import AnimateConfig, ControlNetConfig, Drawing, NoRefinement, Refiner, VaceConfig, prompt
 from maskdp import config, layers
 from maskdp.errors import UserError
 
@@ -148,7 +148,7 @@ def test_prompts_tell_of_the_identity_alone():
 
 def test_a_clip_longer_than_the_video_model_takes_goes_on_from_what_was_drawn(tiny):
     """Wan VACE in stretches of 13: the second is given the last 5 frames of the first as they were drawn."""
-    backend = refine_video.Vace(VaceConfig(folder=tiny("vace"), steps=1, size=64, length=13))
+    backend = wan.Vace(VaceConfig(folder=tiny("vace"), steps=1, size=64, length=13))
     given, draw = [], backend._drawn
 
     def spy(video, mask, portrait):
@@ -172,11 +172,11 @@ def test_the_face_of_the_avatar_is_cut_out_where_it_is_seen():
     portraits = []
     small = dataclasses.make_dataclass("Config", ["context", "size"])("none", 64)
     Refiner(small, lambda portrait: portraits.append(portrait) or portrait.views, ())(seen, [ANN])
-    faces = refine_video.faces(portraits[0], 16)
+    faces = wan.faces(portraits[0], 16)
     assert faces.shape == (2, 16, 16, 3)
     assert np.abs(faces[:, 6:10, 6:10].astype(int) - (180, 90, 40)).max() < 20
     hidden = dataclasses.replace(portraits[0], keypoints=np.full_like(portraits[0].keypoints, np.nan))
-    assert not refine_video.faces(hidden, 16).any()
+    assert not wan.faces(hidden, 16).any()
 
 
 # ------------------------------------------------------------------------------------------------------------ settings

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from anonymize import stabilise
-from anonymize.cues import inpainted
 from anonymize.people import People
-from anonymize.removal import BLANK, remove
+from anonymize.scene import stabilise
+from anonymize.scene.removal import BLANK, remove
+from anonymize.vision.cues import inpainted
 
 
 def people(removal, static_camera=True):

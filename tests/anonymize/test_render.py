@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from anonymize.body import Body
-from anonymize.camera import Camera
-from anonymize.pose import Pose
-from anonymize.render import Mesh, render, silhouette, vertex_normals
+from anonymize.avatar.body import Body
+from anonymize.avatar.camera import Camera
+from anonymize.avatar.pose import Pose
+from anonymize.avatar.render import Mesh, render, silhouette, vertex_normals
 
 torch.set_num_threads(1)
 

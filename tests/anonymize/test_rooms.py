@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from anonymize import rooms
-from anonymize.camera import Camera
+from anonymize.avatar.camera import Camera
+from anonymize.studio import rooms
 
 CAMERA = Camera.look_at((0.4, 1.3, 3.0), (0, 0.9, 0), 64, 64, 77)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from anonymize.split import halves, necks
+from anonymize.people.embedded.split import halves, necks
 
 H, W, FRAMES = 80, 100, 9
 

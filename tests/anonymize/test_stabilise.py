@@ -2,7 +2,7 @@ import cv2
 import numpy as np
 import pytest
 
-from anonymize import stabilise
+from anonymize.scene import stabilise
 
 SIZE = (160, 120)
 

@@ -5,14 +5,15 @@ import numpy as np
 import pytest
 import torch
 
-from anonymize import motions, studio, video
-from anonymize.render import render
-from anonymize.wardrobe import Avatar
+from anonymize.avatar.render import render
+from anonymize.avatar.wardrobe import Avatar
+from anonymize.studio import film, motions
+from anonymize.vision import video
 from maskdp import layers
 from maskdp.errors import UserError
 
 torch.set_num_threads(1)
-SMALL = studio.StudioConfig(
+SMALL = film.StudioConfig(
     out="", videos=4, identities=4, rooms=4, frames=4, fps=4.0, size=64, second_person=1.0, test_fraction=0.5
 )
 
@@ -24,14 +25,14 @@ def config(folder, **changes):
 @pytest.fixture(scope="module")
 def filmed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("studio")
-    studio.generate(config(folder))
+    film.generate(config(folder))
     return folder
 
 
 def test_the_plan_is_balanced_and_keeps_subjects_apart():
     big = dataclasses.replace(SMALL, videos=400, identities=12, rooms=24, second_person=0.1, test_fraction=0.25)
-    takes = studio.plan(big)
-    assert takes[:50] == studio.plan(dataclasses.replace(big, videos=50))
+    takes = film.plan(big)
+    assert takes[:50] == film.plan(dataclasses.replace(big, videos=50))
     for split, share in (("train", 30), ("test", 10)):
         counts = [
             sum(take.split == split and take.action == action for take in takes) for action in motions.PRIVATE_ACTIONS
@@ -46,7 +47,7 @@ def test_the_plan_is_balanced_and_keeps_subjects_apart():
 @pytest.mark.parametrize("correlation", [0.0, 0.6, 1.0])
 def test_the_scene_tells_the_action_as_often_as_asked(correlation):
     big = dataclasses.replace(SMALL, videos=600, rooms=24, scene_correlation=correlation)
-    own = [studio.rooms.KINDS[take.room % 12] == studio.HOME[take.action] for take in studio.plan(big)]
+    own = [film.rooms.KINDS[take.room % 12] == film.HOME[take.action] for take in film.plan(big)]
     assert np.mean(own) == pytest.approx(correlation + (1 - correlation) / 12, abs=0.06)
 
 
@@ -54,7 +55,7 @@ def test_manifest_and_videos(filmed):
     rows = list(csv.DictReader((filmed / "manifest.csv").read_text().splitlines()))
     assert list(rows[0]) == ["path", "label", "subject_ids", "scene_id", "split"]
     assert len(rows) == 4
-    for row, take in zip(rows, studio.plan(config(filmed))):
+    for row, take in zip(rows, film.plan(config(filmed))):
         assert row["label"] == take.action
         assert row["split"] in ("train", "test")
         assert len(row["subject_ids"].split(";")) == 2
@@ -64,21 +65,21 @@ def test_manifest_and_videos(filmed):
 
 
 def test_films_follow_from_the_seed():
-    take = studio.plan(SMALL)[0]
-    studio._avatar.cache_clear()
-    first, again = studio.film(SMALL, take), studio.film(SMALL, take)
+    take = film.plan(SMALL)[0]
+    film._avatar.cache_clear()
+    first, again = film.film(SMALL, take), film.film(SMALL, take)
     np.testing.assert_array_equal(first.frames, again.frames)
     other = dataclasses.replace(SMALL, seed=1)
-    assert not np.array_equal(first.frames, studio.film(other, studio.plan(other)[0]).frames)
+    assert not np.array_equal(first.frames, film.film(other, film.plan(other)[0]).frames)
 
 
 def test_the_truth_renders_to_its_masks(filmed):
-    take = studio.plan(config(filmed))[1]
-    truth = studio.read_truth(filmed / "truth" / f"{take.video_id}.npz")
+    take = film.plan(config(filmed))[1]
+    truth = film.read_truth(filmed / "truth" / f"{take.video_id}.npz")
     assert truth.masks.shape == (2, 4, 64, 64)
     assert truth.masks.dtype == bool
     assert not (truth.masks[0] & truth.masks[1]).any()
-    avatars = [studio._avatar(SMALL.seed, subject) for subject in take.subjects]
+    avatars = [film._avatar(SMALL.seed, subject) for subject in take.subjects]
     np.testing.assert_array_equal(truth.betas, [avatar.betas for avatar in avatars])
     meshes = [Avatar.mesh(avatar, pose) for avatar, pose in zip(avatars, truth.poses)]
     for frame in range(4):
@@ -87,7 +88,7 @@ def test_the_truth_renders_to_its_masks(filmed):
 
 
 def test_outside_people_and_shadows_the_video_is_the_empty_room():
-    shot = studio.film(SMALL, studio.plan(SMALL)[2])
+    shot = film.film(SMALL, film.plan(SMALL)[2])
     wall = np.broadcast_to((shot.rgba[..., 3] == 0).all(0), shot.frames.shape[:3]).copy()
     wall[:, 32:] = False  # the floor, where shadows fall
     difference = shot.frames.astype(float) - shot.empty
@@ -97,8 +98,8 @@ def test_outside_people_and_shadows_the_video_is_the_empty_room():
 
 def test_people_have_natural_size_and_are_wholly_in_the_picture():
     single = dataclasses.replace(SMALL, second_person=0.0, videos=20)
-    for take in studio.plan(single)[:10]:
-        masks = studio.film(single, take).masks[0]
+    for take in film.plan(single)[:10]:
+        masks = film.film(single, take).masks[0]
         assert masks.any((1, 2)).all()
         rows, columns = (np.nonzero(masks.any(axes))[0] for axes in ((0, 2), (0, 1)))
         assert min(rows[0], columns[0]) > 0
@@ -110,31 +111,31 @@ def test_finished_videos_are_kept_and_damaged_sets_completed(filmed):
     paths = sorted((filmed / "videos").iterdir())
     before = {path: (path.stat().st_mtime_ns, video.sha256(path)) for path in paths}
     paths[0].unlink()
-    studio.generate(config(filmed))
+    film.generate(config(filmed))
     assert video.sha256(paths[0]) == before[paths[0]][1]
     assert all(path.stat().st_mtime_ns == before[path][0] for path in paths[1:])
 
 
 def test_another_config_is_refused(filmed):
     with pytest.raises(UserError, match="seed"):
-        studio.generate(config(filmed, seed=3))
+        film.generate(config(filmed, seed=3))
 
 
 def test_a_file_is_not_a_folder(tmp_path):
     (tmp_path / "out").touch()
     with pytest.raises(UserError, match="is a file"):
-        studio.generate(config(tmp_path / "out"))
+        film.generate(config(tmp_path / "out"))
 
 
 def test_two_layer_dataset(tmp_path):
     small = config(tmp_path, videos=3, actions="public", layers=True, second_person=0.0)
-    studio.generate(small)
+    film.generate(small)
     dataset = layers.Dataset(tmp_path)
     clip = dataset["train"].clip(0)
-    take = next(take for take in studio.plan(small) if take.video_id == clip.video_id)
-    assert list(studio.ACTIONS["public"])[clip.label] == take.action
-    np.testing.assert_array_equal(clip.rgba, studio.film(small, take).rgba)
-    assert np.abs(clip.private.astype(float) - studio.film(small, take).empty).mean() < 6
+    take = next(take for take in film.plan(small) if take.video_id == clip.video_id)
+    assert list(film.ACTIONS["public"])[clip.label] == take.action
+    np.testing.assert_array_equal(clip.rgba, film.film(small, take).rgba)
+    assert np.abs(clip.private.astype(float) - film.film(small, take).empty).mean() < 6
 
 
 @pytest.mark.parametrize(
@@ -143,6 +144,6 @@ def test_two_layer_dataset(tmp_path):
 )
 def test_mistakes_are_one_line(tmp_path, arguments):
     with pytest.raises(UserError) as raised:
-        studio.main(["--out", str(tmp_path / "out"), *arguments])
+        film.main(["--out", str(tmp_path / "out"), *arguments])
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()

@@ -5,7 +5,7 @@ import av
 import numpy as np
 import pytest
 
-from anonymize import video
+from anonymize.vision import video
 from maskdp.errors import UserError
 
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from anonymize.body import Body
-from anonymize.camera import Camera
-from anonymize.pose import Pose
-from anonymize.render import Mesh, render
-from anonymize.wardrobe import HAIR_STYLES, MAX_BETA, Avatar, Identity, Wardrobe, draw_identity
+from anonymize.avatar.body import Body
+from anonymize.avatar.camera import Camera
+from anonymize.avatar.pose import Pose
+from anonymize.avatar.render import Mesh, render
+from anonymize.avatar.wardrobe import HAIR_STYLES, MAX_BETA, Avatar, Identity, Wardrobe, draw_identity
 
 torch.set_num_threads(1)
 SECRET = bytes(range(32))

@@ -35,7 +35,7 @@ def moving_person(index, frames=8, height=48, width=64):
 
 def write_data(folder):
     """A two-layer dataset of three clips, its source videos and its manifest."""
-    from anonymize import video
+    from anonymize.vision import video
 
     clips = []
     for index in range(3):

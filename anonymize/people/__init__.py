@@ -1,0 +1,90 @@
+"""The people of a clip, as every finder returns them, and the choice of finders."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import draccus
+import numpy as np
+
+from anonymize.avatar.camera import Camera
+from anonymize.avatar.pose import Pose
+
+
+@dataclasses.dataclass(frozen=True)
+class Person:
+    """One person over the T frames of a clip.
+
+    Attributes:
+        track_id: number of the track, from 0.
+        present: (T,) bool.
+        boxes: (T, 4) float32 xyxy in pixels, NaN where absent.
+        masks: (T, H, W) bool, the outline where it can be trusted for fitting a pose, empty elsewhere.
+        joints: (T, 14, 3) float32 x, y in pixels and confidence 0..1, in the order of `person_net.JOINTS`.
+        nearness: (T,) float32, larger for who is nearer among the people of a frame, NaN where unknown; or None.
+        pose: where it is known already and need not be fitted, NaN in frames without; or None.
+    """
+
+    track_id: int
+    present: np.ndarray
+    boxes: np.ndarray
+    masks: np.ndarray
+    joints: np.ndarray
+    nearness: np.ndarray | None = None
+    pose: Pose | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class People:
+    """The people of a clip and what must be removed with them.
+
+    Attributes:
+        removal: (T, H, W) bool, everything that must be removed, already dilated.
+        static_camera: whether places keep their pixels over time.
+        background: (H, W, 3) uint8, the empty scene, or None where the finder made none.
+        known: (H, W) bool, where the empty scene was seen, or None.
+        doubt: why the clip must be quarantined, in one line, or None.
+        notes: figures behind the decision, for the record.
+        seen_again: the finder's own look at the finished frames (T, H, W, 3): why somebody may still be visible in
+            them, in one line, or None.
+        camera: what the poses given with the people were made for; None: `Camera.default`.
+    """
+
+    persons: tuple[Person, ...]
+    removal: np.ndarray
+    static_camera: bool
+    background: np.ndarray | None
+    known: np.ndarray | None
+    doubt: str | None
+    notes: dict
+    seen_again: Callable[[np.ndarray], str | None] = lambda frames: None
+    camera: Camera | None = None
+
+
+class PeopleFinder(Protocol):
+    """A backend that finds people."""
+
+    def find(self, frames: np.ndarray, fps: float) -> People:
+        """Finds the people of a clip, frames (T, H, W, 3) uint8 RGB."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class FinderConfig(draccus.ChoiceRegistry):
+    """Base of the finders; `finder.type` chooses."""
+
+    @classmethod
+    def default_choice_name(cls) -> str:
+        return "auto"
+
+    def chosen(self) -> "FinderConfig":
+        """The finder that is meant: what `auto` comes to here, or itself.
+
+        Raises:
+            UserError: a folder that it needs is missing or is not what it should be.
+        """
+        return self
+
+    def pinned(self) -> "FinderConfig":
+        """The settings with the contents of their folders in place of the folders' names, for fingerprints."""
+        return self
