@@ -24,6 +24,7 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	$(BIN)/maskdp weights fetch blazepose || echo "without BlazePose's models the embedded finder is used; fetch them later: $(BIN)/maskdp weights fetch blazepose"
 	touch $@
 
 # Re-pins requirements.lock to what a fresh install of pyproject.toml resolves to; torch moves only by hand.

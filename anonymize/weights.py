@@ -3,7 +3,8 @@
 A weights folder holds one folder a part (`PARTS`), each a saved transformers model: `config.json`, safetensors and,
 where there is one, a preprocessor config. `weights.json` beside them records for each part the repository, its commit
 and the SHA-256 of every file; whatever it records is checked whenever weights are loaded. A folder filled by hand needs
-no `weights.json`. Nothing but safetensors is ever loaded, and only `maskdp weights fetch` uses a network.
+no `weights.json`. Nothing but safetensors is ever loaded, and only `maskdp weights fetch` uses a network. The models of
+`finder.type: blazepose` have their own pins (`people/blazepose/wheel.py`).
 """
 
 import dataclasses
@@ -197,7 +198,7 @@ def _hub_checksum(listed, file: pathlib.Path, found: str) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class FetchConfig:
-    """public weights of the model backends, into a local folder.
+    """public weights into a local folder.
 
     Attributes:
         out: the folder; empty: `$MASKDP_WEIGHTS`, or `maskdp/weights` in the user's cache.
@@ -206,10 +207,23 @@ class FetchConfig:
     out: str = ""
 
 
+SETS = ("models", "blazepose")
+USAGE = f"maskdp weights fetch [{'|'.join(SETS)}] [--out DIR]"
+
+
 def main(arguments: list[str]) -> int:
-    """`maskdp weights fetch [--out DIR]`; see `fetch`."""
+    """`maskdp weights fetch [models|blazepose] [--out DIR]`: `fetch`, or `blazepose.wheel.fetch`."""
     if not arguments or arguments[0] != "fetch":
-        raise UserError("expected: maskdp weights fetch [--out DIR]")
-    settings = config.parse(FetchConfig, arguments[1:], "weights fetch")
-    fetch(pathlib.Path(settings.out) if settings.out else default_folder())
+        raise UserError(f"expected: {USAGE}")
+    named = arguments[1:2] if arguments[1:2] and not arguments[1].startswith("-") else []
+    settings = config.parse(FetchConfig, arguments[1 + len(named) :], "weights fetch")
+    folder = pathlib.Path(settings.out) if settings.out else default_folder()
+    if named == ["blazepose"]:
+        from anonymize.people.blazepose import wheel
+
+        wheel.fetch(folder / "blazepose")
+    elif named in ([], ["models"]):
+        fetch(folder)
+    else:
+        raise UserError(f"{named[0]}: no such set of weights, expected {USAGE}")
     return 0

@@ -1,9 +1,16 @@
 import pytest
 
+from anonymize import weights
+
 
 @pytest.fixture(autouse=True, scope="session")
-def no_weights_of_this_machine(tmp_path_factory):
-    """`finder.type: auto` must not take up weights that happen to lie in the user's cache."""
+def weights_of_tests(tmp_path_factory):
+    """Of the weights that lie in the user's cache, tests see BlazePose's (pinned, fetched with .venv) and no others:
+    `finder.type: auto` must not take up what happens to be there."""
+    known = weights.default_folder() / "blazepose"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MASKDP_WEIGHTS", str(tmp_path_factory.mktemp("none")))
+        folder = tmp_path_factory.mktemp("weights")
+        if known.is_dir():
+            (folder / "blazepose").symlink_to(known.resolve(), target_is_directory=True)
+        patch.setenv("MASKDP_WEIGHTS", str(folder))
         yield

@@ -12,6 +12,23 @@ from anonymize.avatar.pose import Pose
 
 
 @dataclasses.dataclass(frozen=True)
+class Landmarks:
+    """The 33 BlazePose landmarks of a person, in the order of `blazepose.landmarks.NAMES`, and those of the hands.
+
+    Attributes:
+        image: (T, 33, 3) float32 x, y in pixels and visibility 0..1; NaN and 0 where the person was not seen.
+        world: (T, 33, 3) float32 metres from the middle of the hips, in camera axes: x right, y down, z away.
+        hands: (T, 2, 21, 3) float32 metres from the wrist, left and right, in the same axes; NaN where not seen.
+        hands_seen: (T, 2) float32 0..1, whether each hand was seen.
+    """
+
+    image: np.ndarray
+    world: np.ndarray
+    hands: np.ndarray
+    hands_seen: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class Person:
     """One person over the T frames of a clip.
 
@@ -23,6 +40,7 @@ class Person:
         joints: (T, 14, 3) float32 x, y in pixels and confidence 0..1, in the order of `person_net.JOINTS`.
         nearness: (T,) float32, larger for who is nearer among the people of a frame, NaN where unknown; or None.
         pose: where it is known already and need not be fitted, NaN in frames without; or None.
+        landmarks: 3-D landmarks, or None where the finder has none.
     """
 
     track_id: int
@@ -32,6 +50,7 @@ class Person:
     joints: np.ndarray
     nearness: np.ndarray | None = None
     pose: Pose | None = None
+    landmarks: Landmarks | None = None
 
 
 @dataclasses.dataclass(frozen=True)
