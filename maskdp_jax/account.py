@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import math
+import sys
 
 from maskdp import config
 from maskdp.errors import UserError
-from maskdp_jax.mechanism import Mechanism, calibrate
+from maskdp_jax.mechanism import Mechanism, calibrate, upward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +104,17 @@ def main(arguments: list[str]) -> int:
     # a bare --json reads better than the --json true of every other flag
     options = config.parse(AccountConfig, _with_value(arguments, "--json"), "account")
     figures = account(options.mechanism(), options.delta)
+    if options.objective not in ("sgd", "public_only") and options.delta * options.n >= 1:
+        sys.stderr.write(
+            f"warning: delta {options.delta:g} is not below 1/n = {1 / options.n:.3g}: it would allow the private layer "
+            "of one record to be published; choose a delta far below 1/n\n"
+        )
     if options.json:
         print(json.dumps(figures, indent=2, allow_nan=False, ensure_ascii=False))
         return 0
     print(f"{options.objective} under {options.adjacency}, {options.sampling} batches")
     for name, value in figures.items():
-        text = "none" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+        text = "none" if value is None else upward(value) if isinstance(value, float) else value
         print(f"  {name:<16}  {text}")
     return 0
 

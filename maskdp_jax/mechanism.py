@@ -7,7 +7,9 @@ The proofs are in `docs/privacy.md`; `D` and `D′` differ in one record under `
 
 import bisect
 import dataclasses
+import decimal
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
@@ -32,8 +34,10 @@ SAMPLINGS = ("independent", "shared_poisson", "shared_epochs")
 MASKED = ("maskdp", "maskdp_residual", "maskdp_two_step")
 
 _Relation = dp_accounting.NeighboringRelation
-_OVERFLOW = 1e-12  # default chance that any Poisson batch of the run exceeds its slots
+_OVERFLOW = 1e-24  # default chance that any Poisson batch of the run exceeds its slots
 _LARGEST_EPSILON = 512.0
+_MOST = {"num_units": 2**31 - 1, "steps": 10**8}  # units are int32; beyond it an account takes minutes
+_FFT_ERROR = 2.0**-50  # δ charged per composed step for the rounding of the Fourier transform in a PLD
 _RENYI_ORDERS = (*range(2, 65), *range(72, 257, 8), 384, 512, 768, 1024)  # whole orders: exact sums, and fast
 
 
@@ -54,9 +58,9 @@ class Epsilon:
     """What may be claimed at `delta`.
 
     Attributes:
-        value: the claim: the tightest bound at hand, infinite when there is none.
+        value: the claim: the least of the bounds at hand, infinite when there is none.
         pld: by privacy loss distributions; None where that accountant does not apply.
-        rdp: by Rényi divergences, looser; None where that accountant does not apply.
+        rdp: by Rényi divergences; looser, but for δ below 1e-11 or so. None where that accountant does not apply.
         delta: the δ of all three; it includes the δ lost to the finite support of the noise.
         event: what was accounted, in words.
     """
@@ -86,7 +90,7 @@ class Mechanism:
         noise_multiplier: σ, in units of `l2_clip_norm` and never rescaled by the sensitivity.
         l2_clip_norm: C.
         max_batch: slots of a Poisson batch; what exceeds them is dropped uniformly at random and accounted. By default
-            so many that no batch of the run overflows but with probability 1e-12.
+            so many that no batch of the run overflows but with probability 1e-24.
         public_batch: size of the public batch under `independent`; `batch_size` by default.
 
     Raises:
@@ -109,6 +113,9 @@ class Mechanism:
         config.one_of(self, "adjacency", ADJACENCIES)
         config.one_of(self, "sampling", SAMPLINGS)
         config.positive(self, "num_units", "batch_size", "steps", "l2_clip_norm")
+        for name, most in _MOST.items():
+            if getattr(self, name) > most:
+                raise UserError(f"Mechanism.{name}: {getattr(self, name)}, expected at most {most}")
         if self.batch_size > self.num_units:
             raise UserError(f"Mechanism.batch_size: {self.batch_size}, expected at most num_units = {self.num_units}")
         if not 0 <= self.noise_multiplier < math.inf:
@@ -246,7 +253,8 @@ class Mechanism:
 
         Guarantees:
             Every figure is an upper bound: grids round up, a search returns its safe end, the tails of sums count in
-            full, and the finite support of the noise and the truncation of batches are charged to δ.
+            full, and the finite support of the noise, the truncation of batches and the rounding of Fourier transforms
+            are charged to δ.
 
         Raises:
             UserError: `delta` is not inside (0, 1).
@@ -257,15 +265,19 @@ class Mechanism:
         if self.sensitivity == math.inf or self.noise_multiplier == 0:
             return Epsilon(math.inf, None, None, delta, self._words())
 
-        value = _smallest_epsilon(self.delta, delta)
+        def least(bound: Callable[[float], float]) -> float:
+            charged = lambda epsilon: bound(epsilon) + support_delta(self.steps, epsilon)  # noqa: E731
+            return _smallest_epsilon(charged, delta, _largest_epsilon(self.steps, delta))
+
+        found = [least(bound) for bound in self._bounds]
         by_pld = by_rdp = None
         if self._in_epochs:
-            by_pld = _smallest_epsilon(self._charged(functools.partial(self._pld_delta, *self.event())), delta)
+            by_pld = _finite(least(functools.partial(self._pld_delta, *self.event())))
         elif not self._shared:
-            by_pld = _finite(value)
-        if (renyi := self._renyi_delta()) is not None:
-            by_rdp = _finite(_smallest_epsilon(self._charged(renyi), delta))
-        return Epsilon(value, by_pld, by_rdp, delta, self._words())
+            by_pld = _finite(found[0])
+        if self._renyi_delta is not None:
+            by_rdp = _finite(least(self._renyi_delta))
+        return Epsilon(min(found), by_pld, by_rdp, delta, self._words())
 
     # --- the sampler -------------------------------------------------------------------------------------------------
 
@@ -315,7 +327,7 @@ class Mechanism:
 
     def _overflow_delta(self, epsilon: float) -> float:
         """The δ by which truncation can be bought off: `_overflow` for both neighbours."""
-        return (1 + math.exp(epsilon)) * self._overflow
+        return (1 + _exp(epsilon)) * self._overflow
 
     def _subsampled_delta(self, epsilon: float) -> float:
         """δ(ε) of Poisson batches by PLD: overflow bought off where that costs next to nothing, else as an event."""
@@ -329,7 +341,10 @@ class Mechanism:
     ) -> float:
         """δ(ε) of an event by PLD, 1 where losses are beyond any grid."""
         grid = self._grid
-        return float(_composed_pld(event, relation, grid).get_delta_for_epsilon(epsilon)) if grid < 1 else 1.0
+        if grid >= 1:
+            return 1.0
+        loss = _composed_pld(event, relation, grid)
+        return float(loss.get_delta_for_epsilon(epsilon)) + self._exposures * _FFT_ERROR
 
     def _delta(self, epsilon: float) -> float:
         """δ(ε) of the run with perfect noise."""
@@ -337,8 +352,21 @@ class Mechanism:
             return 0.0
         if self.sensitivity == math.inf or self.noise_multiplier == 0:
             return 1.0
-        if not (self._in_epochs or self._shared):
-            return self._subsampled_delta(epsilon)
+        return min(bound(epsilon) for bound in self._bounds)
+
+    @functools.cached_property
+    def _bounds(self) -> tuple[Callable[[float], float], ...]:
+        """Upper bounds on δ(ε) of the run with perfect noise.
+
+        Independent batches have the bound of the same batches in plain sight too: the least where δ is too small for
+        the arithmetic of a PLD and swapped terms have no Rényi event.
+        """
+        if self._in_epochs or self._shared:
+            return (self._seen_delta,)
+        return self._subsampled_delta, self._renyi_delta or self._seen_delta
+
+    def _seen_delta(self, epsilon: float) -> float:
+        """δ(ε) if everyone sees who is drawn: the sum over how often one unit takes part."""
         times, chances, rest = _participation(1 if self._in_epochs else self.sampling_prob, self._exposures)
         shifts = np.sqrt(times) * self.sensitivity / self.noise_multiplier
         return float(rest + chances @ gaussian_delta(epsilon, shifts))
@@ -351,17 +379,21 @@ class Mechanism:
     def _grid(self) -> float:
         """Spacing of privacy losses in a PLD; any is sound.
 
-        Fine enough for so many steps, and coarse where the loss is so large (by its Rényi divergence of order 2) that
-        there is little to claim: a fine grid over it would not fit in memory.
+        In proportion to the spread of one step's loss, by its Rényi divergence of order 2, so that a tiny ε is resolved
+        as well as a large one; coarser where the largest loss would take more than 40,000 points. Rounding spreads the
+        loss by 3e-4 of its variance at most.
         """
         probability, times = (1.0, self._epochs) if self._in_epochs else (self.sampling_prob, self.steps)
-        gap = (self.sensitivity / self.noise_multiplier) ** 2
+        shift = self.sensitivity / self.noise_multiplier
+        gap = shift**2
         if gap < 30:
-            loss = times * math.log1p(probability**2 * math.expm1(gap))
+            loss = math.log1p(probability**2 * math.expm1(gap))
         else:
-            loss = times * max(gap + 2 * math.log(probability), 1.0)
-        return min(max(0.02 / math.sqrt(times), 2e-5), 5e-4) * max(1.0, loss / 50)
+            loss = max(gap + 2 * math.log(probability), 1.0)
+        largest = math.log1p(probability * math.expm1(min(10 * shift + gap / 2, 700)))
+        return max(min(0.04, 5e-4 * math.sqrt(times)) * math.sqrt(loss), largest / 4e4)
 
+    @functools.cached_property
     def _renyi_delta(self) -> Callable[[float], float] | None:
         """δ(ε) by Rényi divergences; None for shared Poisson and for swapped terms, which they have no event for."""
         event, relation = self.event()
@@ -372,9 +404,6 @@ class Mechanism:
             return None
         accountant.compose(event)
         return lambda epsilon: accountant.get_delta(epsilon) + (self._overflow_delta(epsilon) if subsampled else 0)
-
-    def _charged(self, delta_of: Callable[[float], float]) -> Callable[[float], float]:
-        return lambda epsilon: delta_of(epsilon) + support_delta(self.steps, epsilon)
 
     def _words(self) -> str:
         if self.sensitivity == 0:
@@ -418,25 +447,42 @@ def calibrate(
     _check_delta(delta)
     if mechanism.sensitivity in (0, math.inf):
         raise UserError(f"objective: {mechanism.objective} has no noise to calibrate")
+    steps = 1 if parameter == "steps" else mechanism.steps
+    if epsilon > (largest := _largest_epsilon(steps, delta)):
+        raise UserError(
+            f"epsilon: {epsilon:.6g}, expected at most {math.floor(10 * largest) / 10} for {steps} steps at delta "
+            f"{delta}: beyond it the finite support of the noise alone costs more than half of delta"
+        )
 
     aimed = epsilon * (1 - 1e-6)  # so that the search for ε, which stops 1e-7 above the least, stays within `epsilon`
 
-    def keeps(value: float) -> bool:
-        return dataclasses.replace(mechanism, **{parameter: value}).delta(aimed) <= delta
-
     if parameter == "noise_multiplier":
         return dataclasses.replace(mechanism, noise_multiplier=_least_noise(mechanism, aimed, delta))
-    if not keeps(1):
+
+    @functools.cache
+    def excess(value: int) -> float:
+        return _excess(dataclasses.replace(mechanism, **{parameter: value}), aimed, delta)
+
+    limit = mechanism.num_units if parameter == "batch_size" else _MOST["steps"]
+    if excess(1) > 0:
         raise UserError(f"{parameter}: even 1 exceeds epsilon {epsilon} at delta {delta}; expected more noise")
     safe, unsafe = 1, 2
-    limit = mechanism.num_units if parameter == "batch_size" else 10**8
-    while unsafe <= limit and keeps(unsafe):
+    while unsafe <= limit and excess(unsafe) <= 0:
         safe, unsafe = unsafe, unsafe * 2
-    unsafe = min(unsafe, limit + 1)
-    while unsafe - safe > 1:
-        middle = (safe + unsafe) // 2
-        safe, unsafe = (middle, unsafe) if keeps(middle) else (safe, middle)
-    return dataclasses.replace(mechanism, **{parameter: safe})
+    if unsafe > limit and excess(limit) <= 0:
+        return dataclasses.replace(mechanism, **{parameter: limit})
+    unsafe = min(unsafe, limit)
+    for turn in itertools.count():
+        if unsafe - safe <= 1:
+            return dataclasses.replace(mechanism, **{parameter: safe})
+        share = 0.5 if turn % 3 == 2 else excess(safe) / (excess(safe) - excess(unsafe))  # false position, then a half
+        middle = min(max(safe + round(share * (unsafe - safe)), safe + 1), unsafe - 1)
+        safe, unsafe = (middle, unsafe) if excess(middle) <= 0 else (safe, middle)
+
+
+def _excess(mechanism: Mechanism, epsilon: float, delta: float) -> float:
+    """log of the δ of `mechanism` at `epsilon` over `delta`."""
+    return math.log(max(mechanism.delta(epsilon), 1e-300) / delta)
 
 
 def _least_noise(mechanism: Mechanism, epsilon: float, delta: float) -> float:
@@ -444,14 +490,13 @@ def _least_noise(mechanism: Mechanism, epsilon: float, delta: float) -> float:
 
     @functools.cache
     def excess(log_noise: float) -> float:
-        spent = dataclasses.replace(mechanism, noise_multiplier=math.exp(log_noise)).delta(epsilon)
-        return math.log(max(spent, 1e-300) / delta)
+        return _excess(dataclasses.replace(mechanism, noise_multiplier=math.exp(log_noise)), epsilon, delta)
 
     safe = 0.0
     while excess(safe) > 0:
         safe += math.log(2)
         if safe > math.log(2**20):
-            raise UserError(f"epsilon: {epsilon:.6g} at delta {delta} is out of reach of any noise below 2^20")
+            raise UserError(f"epsilon: {epsilon:.6g} at delta {delta} takes a noise multiplier above 2^20")
     unsafe = safe - math.log(2)
     while excess(unsafe) <= 0:
         safe, unsafe = unsafe, unsafe - math.log(2)
@@ -527,24 +572,50 @@ def _binomial_bound(trials: int, probability: float, chance: float) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _composed_pld(event: dp_accounting.DpEvent, relation: dp_accounting.NeighboringRelation, grid: float):
+    """The PLD of `event`; 100 steps at a time, rounded up to a multiple of 100, where there are more than 10⁵.
+
+    The tail bound of one long self-composition is loose: its support, and with it the time, grow with the steps.
+    """
+    stages = 1
+    if isinstance(event, dp_accounting.SelfComposedDpEvent) and event.count > 1e5:
+        stages, event = -(-event.count // 100), dp_accounting.SelfComposedDpEvent(event.event, 100)
     accountant = pld.PLDAccountant(relation, value_discretization_interval=grid)
     accountant.compose(event)
-    return accountant._pld
+    return accountant._pld.self_compose(stages) if stages > 1 else accountant._pld
 
 
-def _smallest_epsilon(delta_of: Callable[[float], float], delta: float) -> float:
-    """The least ε, from above and to 1e-7 of its size, at which `delta_of` is at most `delta`; infinite if none."""
+def _largest_epsilon(steps: int, delta: float) -> float:
+    """The ε at which the finite support of the noise costs half of `delta`; beyond it nothing is claimed."""
+    return math.log(max(delta / support_delta(steps, 0.0) - 1, 1e-300))
+
+
+def _smallest_epsilon(delta_of: Callable[[float], float], delta: float, largest: float = _LARGEST_EPSILON) -> float:
+    """The least ε, from above and to 1e-7 of its size, at which `delta_of` is at most `delta`; infinite if none.
+
+    None is sought beyond `largest`.
+    """
     if delta_of(0.0) <= delta:
         return 0.0
     unsafe, safe = 0.0, 2.0**-10
     while delta_of(safe) > delta:
-        unsafe, safe = safe, safe * 2
-        if safe > _LARGEST_EPSILON:
+        if safe >= largest:
             return math.inf
+        unsafe, safe = safe, min(safe * 2, largest)
     while safe - unsafe > 1e-7 * safe:
         middle = (safe + unsafe) / 2
         unsafe, safe = (unsafe, middle) if delta_of(middle) <= delta else (middle, safe)
     return safe
+
+
+def upward(value: float, digits: int = 6) -> str:
+    """`value` to that many significant digits, rounded up: no ε, δ or σ is shown smaller than it is."""
+    rounded = decimal.Context(digits, decimal.ROUND_CEILING).create_decimal(repr(float(value)))
+    return f"{float(rounded):.{digits}g}"
+
+
+def _exp(value: float) -> float:
+    """e^value, or infinity."""
+    return math.exp(value) if value < 709 else math.inf
 
 
 def _check_delta(delta: float) -> None:

@@ -68,4 +68,4 @@ def support_delta(steps: int, epsilon: float, coordinates: int = _MOST_COORDINAT
     over a run both neighbours are within total variation τ = steps · coordinates · 2⁻¹¹⁹ of the ideal mechanism, which
     turns (ε, δ) into (ε, δ + (1 + e^ε) τ). It is far below any δ up to ε ≈ 35 and forbids claims much beyond.
     """
-    return (1 + math.exp(epsilon)) * steps * coordinates * 2.0 ** (1 - _BITS)
+    return (1 + math.exp(min(epsilon, 700))) * steps * coordinates * 2.0 ** (1 - _BITS)

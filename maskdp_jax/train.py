@@ -23,7 +23,7 @@ from maskdp_jax.config import TrainConfig
 from maskdp_jax.data import Clips, Views, contributions, stream, units
 from maskdp_jax.evaluate import Evaluator
 from maskdp_jax.keys import RunSecret
-from maskdp_jax.mechanism import Mechanism, calibrate
+from maskdp_jax.mechanism import Mechanism, calibrate, upward
 from maskdp_jax.model import Network, fits
 from maskdp_jax.objectives import Objective
 from maskdp_jax.step import Optimizers, StepBatch, make_step
@@ -263,7 +263,7 @@ def _together(name: str) -> None:
 
 def _claim(folder: pathlib.Path) -> str:
     card = json.loads((folder / checkpoint.CARD).read_text())
-    return "no ε" if card["epsilon"] is None else f"ε = {card['epsilon']:.4g} at δ = {card['delta']:g}"
+    return "no ε" if card["epsilon"] is None else f"ε = {upward(card['epsilon'], 4)} at δ = {card['delta']:g}"
 
 
 class _Metrics:

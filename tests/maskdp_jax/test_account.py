@@ -64,6 +64,23 @@ def test_what_cannot_be_had_is_null(capsys):
     assert run(capsys, "--n 1000 --batch 50 --steps 10 --objective public_only")["epsilon"] == 0
 
 
+def test_figures_in_the_table_are_rounded_up(capsys):
+    words = "--n 1000 --batch 50 --steps 10 --sampling shared_epochs --noise_multiplier"
+    for noise in ("3", "4", "5.5"):
+        exact = run(capsys, f"{words} {noise}")
+        account.main([*words.split(), noise])
+        printed = dict(line.split() for line in capsys.readouterr().out.splitlines()[1:] if len(line.split()) == 2)
+        for name in ("epsilon", "epsilon_pld", "epsilon_rdp"):
+            assert exact[name] <= float(printed[name]) < exact[name] * (1 + 1e-5)
+
+
+def test_warns_of_a_delta_that_publishes_a_record(capsys):
+    words = "--n 1000 --batch 50 --steps 10 --noise_multiplier 3 --json --delta"
+    for delta, warned in (("1e-3", True), ("9e-4", False)):
+        account.main([*words.split(), delta])
+        assert ("1/n" in capsys.readouterr().err) == warned
+
+
 def test_table_is_readable(capsys):
     words = "--n 1000 --batch 50 --steps 10 --noise_multiplier 3 --sampling shared_epochs"
     account.main(words.split())
@@ -85,6 +102,10 @@ def test_table_is_readable(capsys):
         ("--n 1000 --batch 50 --steps 10 --epsilon 1 --noise_multiplier 1", "epsilon, noise_multiplier"),
         ("--n 10 --batch 50 --steps 10 --epsilon 1", "batch_size"),
         ("--n 1000 --batch 50 --steps 10 --epsilon -1", "epsilon"),
+        ("--n 1000 --batch 50 --steps 10 --epsilon 50", "finite support"),
+        ("--n 1000 --batch 50 --steps 10 --epsilon 800", "finite support"),
+        ("--n 1000 --batch 50 --steps 100000000000000000000 --epsilon 1", "steps"),
+        ("--n 1000 --batch 50 --epochs 1e300 --epsilon 1", "steps"),
         ("--n 1000 --batch 50 --steps 10 --epsilon 1 --delta 0", "delta"),
         ("--n 1000 --batch 50 --steps 10 --epsilon 1 --adjacency none", "adjacency"),
         ("--n 1000 --batch 50 --steps 10 --epsilon 1 --adjacency remove", "remove"),

@@ -12,11 +12,13 @@ import dp_accounting
 import numpy as np
 import pytest
 from dp_accounting.pld import privacy_loss_distribution
-from scipy import special, stats
+from scipy import optimize, special, stats
 
 from maskdp.errors import UserError
+from maskdp_jax import mechanism as mechanisms
 from maskdp_jax.keys import RunSecret
-from maskdp_jax.mechanism import Mechanism, calibrate, compose, gaussian_delta
+from maskdp_jax.mechanism import Mechanism, calibrate, compose, gaussian_delta, upward
+from maskdp_jax.noise import support_delta
 
 SECRET = RunSecret(bytes(range(32)), "run", "config", "data")
 PAPER = dict(num_units=40_320, batch_size=128, steps=150 * 315)
@@ -252,6 +254,78 @@ def test_paper_setting():
         assert at(sigma) <= 1e-5 < at(sigma * 0.998)
 
 
+@pytest.mark.parametrize("sigma", [0.7, 2.0])
+def test_epsilon_of_one_swapped_step_in_closed_form(sigma):
+    """The ε of `replace` is that of the best half-line, which dp_accounting has no part in."""
+    exact = optimize.brentq(lambda e: half_line(math.exp(e), 0.1, 1 / sigma) - 1e-3, 0.01, 10)
+    claim = Mechanism(100, 10, 1, adjacency="replace", noise_multiplier=sigma).epsilon(1e-3)
+    assert exact * (1 - 1e-6) <= claim.value <= exact * 1.001
+
+
+def test_epsilon_of_two_swapped_steps_by_integration():
+    """δ = ∫ max(0, p(x)p(y) - e^ε q(x)q(y)) over the plane, for p, q = (1-q)N(0) + qN(±C)."""
+    q, sigma = 0.3, 1.5
+    x, width = np.linspace(-14, 14, 2801, retstep=True)
+    normal = lambda mean: stats.norm.pdf(x, mean, sigma)  # noqa: E731
+    one, other = ((1 - q) * normal(0) + q * normal(mean) for mean in (1.0, -1.0))
+    claim = Mechanism(10, 3, 2, adjacency="replace", noise_multiplier=sigma).epsilon(1e-3)
+    at = lambda e: np.maximum(np.outer(one, one) - math.exp(e) * np.outer(other, other), 0).sum() * width**2  # noqa: E731
+    assert at(claim.value) <= 1e-3 * 1.001
+    assert at(claim.value * 0.998) > 1e-3
+
+
+@pytest.mark.parametrize("steps", [25, 47_250])
+def test_rounding_never_undercuts_the_closed_form(steps):
+    """q = 1: the Fourier transform's error would hide half of δ = 7e-13 at 47,250 steps."""
+    mechanism = Mechanism(10, 10, steps, noise_multiplier=2.3 * math.sqrt(steps))
+    for epsilon in np.linspace(0.5, 5, 19):
+        assert mechanism.delta(epsilon) >= gaussian_delta(epsilon, 1 / 2.3)
+
+
+def test_tiny_epsilon_and_tiny_delta_take_little_more_noise_than_the_limit():
+    """Large T and σ: the run is one Gaussian with μ = q·√(T·(e^(1/σ²) - 1)); both corners of (ε, δ) are near it."""
+    limit = lambda sigma: 128 / 40_320 * math.sqrt(150 * 315 * math.expm1(sigma**-2))  # noqa: E731
+    for epsilon, delta, worse in ((0.001, 1e-5, 1.01), (1.0, 1e-15, 1.06)):
+        least = optimize.brentq(lambda s: math.log(max(gaussian_delta(epsilon, limit(s)), 1e-300) / delta), 1, 1e4)
+        found = calibrate(Mechanism(**PAPER), epsilon, delta)
+        assert least < found.noise_multiplier < least * worse
+        assert found.epsilon(delta).value <= epsilon
+
+
+def test_calibration_reaches_the_largest_epsilon_and_names_it():
+    """Beyond it the finite support of the noise alone costs δ, whatever σ is."""
+    start = Mechanism(1000, 50, 100, sampling="shared_epochs")
+    largest = math.log(1e-5 / support_delta(100, 0.0))
+    assert calibrate(start, math.floor(largest), 1e-5).epsilon(1e-5).value <= largest
+    for epsilon in (largest + 1, 800.0):
+        with pytest.raises(UserError, match=f"at most {math.floor(10 * largest) / 10}.*finite support"):
+            calibrate(start, epsilon, 1e-5)
+    assert start.delta(800.0) == 1.0
+
+
+def test_long_runs_are_composed_in_stages():
+    """100 steps at a time cost no more than one part in a thousand."""
+    run = Mechanism(10_000, 100, 100_050, noise_multiplier=6.0)
+    whole = mechanisms._composed_pld(run._untruncated, run.event()[1], run._grid)
+    below, above = (dataclasses.replace(run, steps=steps) for steps in (100_000, 100_200))
+    assert below.delta(1.0) <= run.delta(1.0) <= above.delta(1.0) * (1 + 1e-9)
+    assert whole.get_delta_for_epsilon(1.0) == pytest.approx(run.delta(1.0), rel=1e-4)
+
+
+def test_lengths_beyond_any_account_are_refused():
+    for fields in (dict(steps=10**20), dict(num_units=2**31)):
+        with pytest.raises(UserError, match="expected at most"):
+            Mechanism(**SMALL | fields)
+
+
+def test_shown_figures_are_rounded_up():
+    for value in (0.1234561, 1.00000049, 123456.1, 29.99951, 1e-5, 3.0):
+        shown = float(upward(value))
+        assert value <= shown < value * (1 + 1e-5)
+    assert upward(1e-5) == "1e-05"
+    assert upward(0.99951, 3) == "1"
+
+
 def test_renyi_is_looser_and_absent_where_it_has_no_event():
     assert Mechanism(**PAPER, noise_multiplier=2.89).epsilon(1e-5).rdp == pytest.approx(1.0, abs=2e-3)
     for fields, present in (
@@ -430,8 +504,8 @@ def test_overflow_is_cut_to_a_random_subset():
 def test_default_slots_practically_never_overflow():
     for n, batch, steps in ((1000, 50, 100), (40_320, 128, 47_250), (20, 10, 5)):
         slots = Mechanism(n, batch, steps).private_slots
-        assert steps * stats.binom.sf(slots, n, batch / n) <= 1e-12
-        assert slots == n or steps * stats.binom.sf(slots - 1, n, batch / n) > 1e-12
+        assert steps * stats.binom.sf(slots, n, batch / n) <= 1e-24
+        assert slots == n or steps * stats.binom.sf(slots - 1, n, batch / n) > 1e-24
         assert Mechanism(n, batch, steps).batch(SECRET, 0).private.shape == (slots,)
 
 
