@@ -106,8 +106,8 @@ def main(arguments: list[str]) -> int:
     figures = account(options.mechanism(), options.delta)
     if options.objective not in ("sgd", "public_only") and options.delta * options.n >= 1:
         sys.stderr.write(
-            f"warning: delta {options.delta:g} is not below 1/n = {1 / options.n:.3g}: it would allow the private layer "
-            "of one record to be published; choose a delta far below 1/n\n"
+            f"warning: delta {options.delta:g} is not below 1/n = {1 / options.n:.3g}: it would allow the private "
+            "layer of one record to be published; choose a delta far below 1/n\n"
         )
     if options.json:
         print(json.dumps(figures, indent=2, allow_nan=False, ensure_ascii=False))

@@ -286,7 +286,8 @@ def test_tiny_epsilon_and_tiny_delta_take_little_more_noise_than_the_limit():
     """Large T and σ: the run is one Gaussian with μ = q·√(T·(e^(1/σ²) - 1)); both corners of (ε, δ) are near it."""
     limit = lambda sigma: 128 / 40_320 * math.sqrt(150 * 315 * math.expm1(sigma**-2))  # noqa: E731
     for epsilon, delta, worse in ((0.001, 1e-5, 1.01), (1.0, 1e-15, 1.06)):
-        least = optimize.brentq(lambda s: math.log(max(gaussian_delta(epsilon, limit(s)), 1e-300) / delta), 1, 1e4)
+        spent = lambda s, e=epsilon: math.log(max(gaussian_delta(e, limit(s)), 1e-300))  # noqa: E731
+        least = optimize.brentq(lambda s, d=delta, spent=spent: spent(s) - math.log(d), 1, 1e4)
         found = calibrate(Mechanism(**PAPER), epsilon, delta)
         assert least < found.noise_multiplier < least * worse
         assert found.epsilon(delta).value <= epsilon
