@@ -252,6 +252,7 @@ class Worker:
             "iou": result.iou,
             "seconds": round(time.monotonic() - start, 3),
             "notes": result.notes,
+            "input": part.notes,
         }
 
 

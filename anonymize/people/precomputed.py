@@ -7,8 +7,8 @@ One folder a video, named as the input names the video, without the file's exten
     poses/3.npz          person 3 in AMASS's form: `poses` (T, 66 | 72 | 156 | 165) and `trans` (T, 3), NaN for no pose
     camera.json          what the poses were made for: `focal` in the video's pixels, `rotation`, `translation`
 
-The body's shape (`betas`) is not read: an avatar's shape is the wardrobe's. Everything must have one entry a frame of
-the file and the file's upright size.
+The body's shape (`betas`) is not read: an avatar's shape is the wardrobe's. Everything must have one entry a frame
+that is decoded of the file (`video.sizes`; its header may count others) and the file's upright size.
 """
 
 import dataclasses
@@ -80,8 +80,11 @@ class Precomputed:
     def __init__(self, config: PrecomputedConfig, name: str, path: pathlib.Path):
         self._margin = config.margin
         self.place = _place(config, name)
-        info = video.probe(path)
-        self._size, self._frames = (info.height, info.width), info.frames
+        sizes = video.sizes(path)
+        if len(sizes) > 1:
+            raise UserError(f"{path}: the pictures change their size, which masks of one size cannot follow")
+        ((width, height), self._frames) = next(iter(sizes.items()))
+        self._size = height, width
         self._pictures = sorted((self.place / "masks").glob("*.png"))
         rle = self.place / "masks.json"
         if bool(self._pictures) == rle.is_file():
@@ -138,8 +141,8 @@ class Precomputed:
         return Person(track, present, boxes, mask, np.zeros((len(mask), 14, 3), np.float32), pose=chosen)
 
     def _check_length(self, what: object, length: int) -> None:
-        if self._frames is not None and length != self._frames:
-            raise UserError(f"{what}: {length} frames, expected the video's {self._frames}")
+        if length != self._frames:
+            raise UserError(f"{what}: {length} frames, expected the {self._frames} that are decoded of the video")
 
     def _all_numbers(self) -> list[int]:
         if self._rle is not None:

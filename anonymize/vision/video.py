@@ -6,15 +6,18 @@ import fractions
 import hashlib
 import os
 import pathlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import av
 import numpy as np
 
+from anonymize.vision import display
 from maskdp import atomic
 from maskdp.errors import UserError
 
 PAUSE_SECONDS = 2.0
+_DISORDER = 10  # frames; time stamps that go back further start another recording
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +27,14 @@ class Video:
     Attributes:
         frames: (T, H, W, 3) uint8 RGB.
         fps: frames a second.
-        numbers: (T,) int, which frames of the file these are, from 0.
+        numbers: (T,) int, which of the decoded frames of the file these are, from 0.
+        notes: what was unusual about the file up to here and what was done about it, one line each.
     """
 
     frames: np.ndarray
     fps: float
     numbers: np.ndarray
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +78,6 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _sides(stream: av.VideoStream, frame: av.VideoFrame) -> tuple[int, int]:
-    """Width and height in square pixels, as stored; an absurd aspect ratio is not believed."""
-    aspect = stream.sample_aspect_ratio or 1
-    return (int(frame.width * aspect) if 0.25 < aspect < 4 else frame.width), frame.height
-
-
 def _size(sides: tuple[int, int], short_side: int | None) -> tuple[int, int]:
     """The sides scaled down until the shorter is at most `short_side`, and made even."""
     short = min(sides)
@@ -87,15 +86,10 @@ def _size(sides: tuple[int, int], short_side: int | None) -> tuple[int, int]:
     return width, height
 
 
-def _quarter_turns(frame: av.VideoFrame) -> int:
-    """Counter-clockwise quarter turns that make the frame upright."""
-    return round(frame.rotation / 90) % 4
-
-
 def _fps(times: list[float], average_rate: fractions.Fraction | None) -> float:
     """The rate of the time stamps, or the header's where it agrees within 5 % (time stamps may be rounded)."""
     header = float(average_rate or 0)
-    span = times[-1] - times[0]
+    span = max(times) - min(times)
     measured = (len(times) - 1) / span if span > 0 else 0.0
     if header and (not measured or abs(measured / header - 1) < 0.05):
         return header
@@ -105,31 +99,50 @@ def _fps(times: list[float], average_rate: fractions.Fraction | None) -> float:
 def _evenly(times: list[float]) -> np.ndarray:
     """Of frames shown at `times` (seconds): the indices that keep their timing when shown at the constant mean rate.
 
-    All in turn where each lies within one frame's time of its even tick; else, of a variable rate, those nearest to
-    the ticks, as many as there are frames: of fast parts some are left out, of slow parts some repeated.
+    All in turn where each lies within one frame's time of its even tick, and where the times are not in order; else,
+    of a variable rate, those nearest to the ticks, as many as there are frames: of fast parts some are left out, of
+    slow parts some repeated.
     """
-    times = np.maximum.accumulate(times)
+    times = np.asarray(times)
     ticks, step = np.linspace(times[0], times[-1], len(times), retstep=True)
-    if len(times) < 2 or np.abs(times - ticks).max() <= step:
+    if len(times) < 2 or (np.diff(times) < 0).any() or np.abs(times - ticks).max() <= step:
         return np.arange(len(times))
     return np.searchsorted((times[1:] + times[:-1]) / 2, ticks)
 
 
-def _decode(path, container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """Every frame of the stream; raises UserError where decoding breaks or the file ends before its header says."""
+def _decode(
+    path, container: av.container.InputContainer, stream: av.VideoStream, notes: set[str]
+) -> Iterator[av.VideoFrame]:
+    """Every frame of the stream from its first key frame on, de-interlaced.
+
+    Frames come in the decoder's order; those that an edit list leaves out, or that depend on what the file does not
+    hold, do not come.
+
+    Raises:
+        UserError: decoding breaks, or the file ends before its header says.
+    """
+    return display.progressive(_decode_as_stored(path, container, stream, notes))
+
+
+def _decode_as_stored(path, container, stream, notes: set[str]) -> Iterator[av.VideoFrame]:
     stream.thread_type = "AUTO"
-    count, end, step = 0, 0.0, 0.04
+    count, end, step, keyed = 0, 0.0, 0.04, False
 
     def broken(reason: str) -> UserError:
         return UserError(f"{path}: broken after {count} frames ({reason}), expected a whole video")
 
     try:
-        for packet in container.demux(stream):
-            if packet.is_corrupt:
-                raise broken("corrupt packet")
+        for packet in _packets(container, stream, broken, notes):
+            keyed = keyed or (packet.is_keyframe and packet.is_discard)  # decoded, and left out by an edit list
             for frame in packet.decode():
+                keyed = keyed or frame.key_frame
+                if not keyed:
+                    notes.add("starts without a key frame; what comes before the first one is left out")
+                    continue
                 if frame.is_corrupt:
                     raise broken("corrupt frame")
+                if frame.interlaced_frame:
+                    notes.add("interlaced; one field of each frame is left out")
                 yield frame
                 count += 1
                 if frame.time is not None:
@@ -144,6 +157,34 @@ def _decode(path, container: av.container.InputContainer, stream: av.VideoStream
         raise broken(f"ends at {end:.2f} s of {expected:.2f} s")
 
 
+def _packets(container, stream, broken, notes: set[str]) -> Iterator[av.Packet]:
+    """The stream's packets; a corrupt one is accepted only at the end of a recording to which another was appended.
+
+    A transport stream counts its packets, and the count is off where two are joined: the demuxer marks the last packet
+    before it, or the last but one. Right after it the decoding time goes back, or leaps by more than a pause.
+    """
+    held: list[av.Packet] = []
+    for packet in container.demux(stream):
+        if held or packet.is_corrupt:
+            held.append(packet)
+        else:
+            yield packet
+        if len(held) > 1 and _leaps(held[-2], held[-1]):
+            notes.add("several recordings joined; each becomes clips of its own")
+            yield from held
+            held.clear()
+        elif len(held) > 2:
+            break
+    if held:
+        raise broken("corrupt packet")
+
+
+def _leaps(before: av.Packet, after: av.Packet) -> bool:
+    if before.dts is None or after.dts is None:
+        return False
+    return not 0 <= (after.dts - before.dts) * after.time_base <= PAUSE_SECONDS
+
+
 def _expected_end(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[float, float]:
     """Seconds at which the header says the stream ends (0: unknown), and how far to trust it.
 
@@ -152,9 +193,39 @@ def _expected_end(container: av.container.InputContainer, stream: av.VideoStream
     if stream.duration:
         return float(((stream.start_time or 0) + stream.duration) * stream.time_base), 0.0
     if container.duration:
-        seconds = ((container.start_time or 0) + container.duration) / av.time_base
+        counts_from_zero = container.format.name.startswith("matroska")
+        start = 0 if counts_from_zero else container.start_time or 0
+        seconds = (start + container.duration) / av.time_base
         return seconds, 0.0 if len(container.streams) == 1 else max(1.0, 0.1 * seconds)
     return 0.0, 0.0
+
+
+def _timed(
+    frames: Iterable[av.VideoFrame], stream: av.VideoStream, notes: set[str]
+) -> Iterator[tuple[av.VideoFrame, float | None, bool]]:
+    """Each frame with its time in seconds (None: unknown), and whether another recording or a pause starts with it.
+
+    Where a time goes back a little, time stamps are those of decoding, not of display: the decoder's order is
+    trusted, and frames are counted at the header's rate from there on.
+    """
+    rate = float(stream.average_rate or 25)
+    latest = first = None
+    since, disordered = 0, False
+    for frame in frames:
+        time, leap = frame.time, False
+        if time is not None:
+            leap = latest is not None and not latest - _DISORDER / rate <= time <= latest + max(
+                PAUSE_SECONDS, 10 / rate
+            )
+            if first is None or leap:
+                first, since, disordered, latest = time, 0, False, time
+            if time < latest and not disordered:
+                notes.add("time stamps are not in order; frames are taken in the decoder's order, at the header's rate")
+                disordered = True
+            latest = max(time, latest)
+            time = first + since / rate if disordered else time
+        yield frame, time, leap
+        since += 1
 
 
 def clips(
@@ -162,10 +233,11 @@ def clips(
 ) -> Iterator[Video]:
     """Consecutive clips of at most `max_frames` frames; no more than one clip is held in memory.
 
-    Frames are upright, have square pixels and even sides, and are scaled down (area filter) until the shorter side is
-    at most `short_side` pixels; None keeps the size. With `fps` only so many frames a second are kept, those at or
-    first after each tick; None keeps all. A variable rate becomes a constant one, see `_evenly`; a pause, longer than
-    `PAUSE_SECONDS` and ten frames, ends a clip.
+    Frames are de-interlaced, upright, have square pixels and even sides, sRGB colours (see `display`), and are scaled
+    down (area filter) until the shorter side is at most `short_side` pixels; None keeps the size. With `fps` only so
+    many frames a second are kept, those at or first after each tick; None keeps all. A variable rate becomes a constant
+    one, see `_evenly`. A clip ends at a pause, longer than `PAUSE_SECONDS` and ten frames, where another recording was
+    appended, and where the size or orientation of the pictures changes.
 
     Raises:
         UserError: missing, unreadable, not a video, no frames, or broken before its end. Frames before the break have
@@ -176,42 +248,60 @@ def clips(
     frames: list[np.ndarray] = []
     numbers: list[int] = []
     times: list[float] = []
-    size = turns = None
-    start, ticks = None, 0
+    notes: set[str] = set()
+    shape = start = None
+    ticks = 0
 
-    def clip() -> Video:
-        order = list(_evenly(times) if len(times) == len(frames) else range(len(frames)))
-        rate = _fps(times or [0.0], stream.average_rate)
-        video = Video(np.stack([frames[i] for i in order]), rate, np.array(numbers)[order])
+    def clip() -> Iterator[Video]:
+        if frames:
+            order = list(_evenly(times) if len(times) == len(frames) else range(len(frames)))
+            rate = _fps(times or [0.0], stream.average_rate)
+            yield Video(np.stack([frames[i] for i in order]), rate, np.array(numbers)[order], tuple(sorted(notes)))
         frames.clear()
         numbers.clear()
         times.clear()
-        return video
 
     with _opened(path) as (container, stream):
-        slowest = min(float(stream.average_rate or 25), fps or np.inf)
-        for number, frame in enumerate(_decode(path, container, stream)):
-            if times and frame.time is not None and frame.time - times[-1] > max(PAUSE_SECONDS, 10 / slowest):
-                yield clip()
-            if size is None:
-                size, turns = _size(_sides(stream, frame), short_side), _quarter_turns(frame)
-            if fps is not None and frame.time is not None:
-                start = frame.time if start is None else start
-                if (frame.time - start) * fps < ticks - 1e-3:
+        if not _expected_end(container, stream)[0]:
+            notes.add("the header states no length; an end that was cut off cannot be noticed")
+        decoded = _decode(path, container, stream, notes)
+        for number, (frame, time, leap) in enumerate(_timed(decoded, stream, notes)):
+            if leap:
+                yield from clip()
+                start, ticks = None, 0
+            now = frame.width, frame.height, display.sides(stream, frame), display.orientation(frame)
+            if shape != now:
+                yield from clip()
+                if shape is not None:
+                    notes.add("the size or orientation of the pictures changes; clips end there")
+                shape, size = now, _size(display.sides(stream, frame), short_side)
+            if fps is not None and time is not None:
+                start = time if start is None else start
+                if (time - start) * fps < ticks - 1e-3:
                     continue
-                ticks = int((frame.time - start) * fps + 1e-3) + 1
+                ticks = int((time - start) * fps + 1e-3) + 1
+            if display.is_high_dynamic_range(frame):
+                notes.add("high dynamic range; converted to sRGB, highlights clipped")
             try:
-                image = frame.reformat(*size, format="rgb24", interpolation="AREA").to_ndarray()
+                frames.append(display.picture(frame, size))
             except (av.FFmpegError, ValueError) as error:
                 raise UserError(f"{path}: pictures that cannot be converted ({_reason(error)})") from None
-            frames.append(np.rot90(image, turns))
             numbers.append(number)
-            if frame.time is not None:
-                times.append(frame.time)
+            if time is not None:
+                times.append(time)
             if len(frames) == max_frames:
-                yield clip()
-        if frames:
-            yield clip()
+                yield from clip()
+        yield from clip()
+
+
+def sizes(path: os.PathLike | str) -> Counter[tuple[int, int]]:
+    """How many frames `clips` decodes of each upright size (width, height); the whole file is decoded, not its header.
+
+    Raises:
+        UserError: as `clips`.
+    """
+    with _opened(path) as (container, stream):
+        return Counter(display.upright_sides(stream, frame) for frame in _decode(path, container, stream, set()))
 
 
 def probe(path: os.PathLike | str) -> VideoInfo:
@@ -221,10 +311,7 @@ def probe(path: os.PathLike | str) -> VideoInfo:
         UserError: missing, unreadable, not a video, or without frames.
     """
     with _opened(path) as (container, stream):
-        frame = next(_decode(path, container, stream))
-        width, height = _sides(stream, frame)
-        if _quarter_turns(frame) % 2:
-            width, height = height, width
+        width, height = display.upright_sides(stream, next(_decode(path, container, stream, set())))
         seconds, slack = _expected_end(container, stream)
         length = seconds if seconds and not slack else None
         return VideoInfo(width, height, _fps([0.0], stream.average_rate), stream.frames or None, length)

@@ -1,9 +1,11 @@
 """Masks and poses from files through the real command, and one clear line for whatever does not fit the video."""
 
 import dataclasses
+import fractions
 import json
 import pathlib
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -207,7 +209,7 @@ def save_poses(place, **changes):
     ("spoil", "message"),
     [
         (lambda place: [f.unlink() for f in (place / "masks").iterdir()], "expected masks/*.png or masks.json"),
-        (lambda place: (place / "masks" / "000005.png").unlink(), "masks: 5 frames, expected the video's 6"),
+        (lambda place: (place / "masks" / "000005.png").unlink(), "masks: 5 frames, expected the 6 that are decoded"),
         (lambda place: Image.new("L", (9, 9)).save(place / "masks" / "000002.png"), "000002.png: 9x9 pixels, expected"),
         (lambda place: Image.new("RGB", (96, 64)).save(place / "masks" / "000002.png"), "mode RGB, expected grey"),
         (lambda place: (place / "masks" / "000002.png").write_bytes(b"no"), "000002.png: not a readable PNG"),
@@ -241,7 +243,10 @@ def test_what_does_not_fit_is_one_line_and_the_video_fails(actor, tmp_path, spoi
     ("content", "message"),
     [
         ("{", "masks.json: expected annotations with id and segmentations"),
-        ('{"annotations": [{"id": 1, "segmentations": [null]}]}', "person 1: 1 frames, expected the video's 6"),
+        (
+            '{"annotations": [{"id": 1, "segmentations": [null]}]}',
+            "person 1: 1 frames, expected the 6 that are decoded",
+        ),
         (
             json.dumps({"annotations": [{"id": 1, "segmentations": [{"size": [9, 9], "counts": [81]}] * 6}]}),
             "9x9 pixels",
@@ -270,3 +275,42 @@ def test_a_folder_that_is_missing_ends_the_run_and_no_name_leads_out_of_it(tmp_p
     (tmp_path / "given").mkdir()
     with pytest.raises(UserError, match="outside of"):
         Precomputed(PrecomputedConfig(folder=str(tmp_path / "given")), "../a.mp4", path)
+
+
+def test_masks_must_be_as_many_as_the_frames_that_are_decoded(actor, tmp_path):
+    """An edit list leaves out two of the eight frames that the header counts: eight masks would lie two frames off."""
+    masks = np.concatenate([actor[1], actor[1][:2]])
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for t, mask in enumerate([*masks, None]):
+            frame = None if mask is None else av.VideoFrame.from_ndarray(mask.astype(np.uint8) * 200, format="gray")
+            if frame:
+                frame.pts, frame.time_base = t - 2, fractions.Fraction(1, 10)
+            container.mux(stream.encode(frame and frame.reformat(format="yuv420p")))
+    assert video.probe(path).frames == 8
+    for number in (8, 6):
+        give(tmp_path / str(number) / "given" / "a", masks[8 - number :])
+    with pytest.raises(UserError, match="8 frames, expected the 6 that are decoded"):
+        Precomputed(PrecomputedConfig(folder=str(tmp_path / "8" / "given")), "a.mp4", path)
+    found = Precomputed(PrecomputedConfig(folder=str(tmp_path / "6" / "given")), "a.mp4", path)
+    (clip,) = video.clips(path, max_frames=100)
+    (person,) = found.people(clip.frames, clip.numbers).persons
+    assert ((clip.frames[..., 0] > 100) ^ person.masks).mean() < 0.01
+
+
+def test_masks_of_one_size_are_refused_for_pictures_of_two(actor, tmp_path):
+    data = b""
+    for size in ((HEIGHT, WIDTH), (WIDTH, HEIGHT)):
+        with av.open(str(tmp_path / "part.ts"), "w") as container:
+            stream = container.add_stream("libx264", rate=10)
+            (stream.height, stream.width), stream.pix_fmt = size, "yuv420p"
+            for _ in range(FRAMES // 2):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((*size, 3), np.uint8), format="rgb24")))
+            container.mux(stream.encode(None))
+        data += (tmp_path / "part.ts").read_bytes()
+    (tmp_path / "a.ts").write_bytes(data)
+    give(tmp_path / "given" / "a", actor[1])
+    with pytest.raises(UserError, match="the pictures change their size"):
+        Precomputed(PrecomputedConfig(folder=str(tmp_path / "given")), "a.ts", tmp_path / "a.ts")

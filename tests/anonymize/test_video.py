@@ -111,16 +111,30 @@ def test_other_pixel_formats(tmp_path, pixels):
     assert psnr(clip.frames, frames) > 35
 
 
-def write(path, frames, codec, pixels="yuv420p", gaps=1, times=None, **options):
+def write(path, frames, codec, pixels="yuv420p", gaps=1, times=None, coder=None, matrix=None, mux=None, **options):
+    """Encodes and muxes frames, arrays or `av.VideoFrame`s; `mux(packet)` may change a packet or, by False, drop it."""
     with av.open(str(path), "w", options=options) as container:
-        stream = container.add_stream(codec, rate=25)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
+        repeatable = {"mbtree": "0"} if codec == "libx264" else {}
+        stream = container.add_stream(codec, rate=25, options=repeatable | (coder or {}))
+        stream.codec_context.thread_count = 1
+        first = frames[0]
+        stream.height, stream.width = (first.height, first.width) if hasattr(first, "height") else first.shape[:2]
+        stream.pix_fmt = pixels
         stream.time_base = stream.codec_context.time_base = fractions.Fraction(1, 25)
-        for i, frame in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=pixels)
-            frame.pts, frame.time_base = i * gaps if times is None else times[i], fractions.Fraction(1, 25)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+        if hasattr(first, "color_trc"):
+            stream.codec_context.color_trc, stream.codec_context.color_primaries = (
+                first.color_trc,
+                first.color_primaries,
+            )
+            stream.codec_context.colorspace = first.colorspace
+        if matrix:
+            stream.set_display_matrix(matrix)
+        for i, frame in enumerate([*frames, None]):
+            if isinstance(frame, np.ndarray):
+                frame = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=pixels)
+            if frame:
+                frame.pts, frame.time_base = i * gaps if times is None else times[i], fractions.Fraction(1, 25)
+            container.mux([packet for packet in stream.encode(frame) if not mux or mux(packet) is not False])
 
 
 def test_fps_comes_from_the_time_stamps(tmp_path):
@@ -160,6 +174,189 @@ def test_a_pause_ends_a_clip(tmp_path):
     parts = read(tmp_path / "a.mkv")
     assert [len(part.frames) for part in parts] == [12, 8]
     assert [part.fps for part in parts] == pytest.approx([25, 25], rel=0.01)
+
+
+# --------------------------------------------------------------------------------------- videos as people have them
+
+
+ONE = 65536
+
+
+@pytest.mark.parametrize(
+    ("matrix", "shown"),
+    [
+        ((ONE, 0, 0, ONE), lambda f: f),
+        ((-ONE, 0, 0, ONE), lambda f: f[:, :, ::-1]),  # a front camera
+        ((ONE, 0, 0, -ONE), lambda f: f[:, ::-1]),
+        ((-ONE, 0, 0, -ONE), lambda f: f[:, ::-1, ::-1]),
+        ((0, ONE, ONE, 0), lambda f: f.transpose(0, 2, 1, 3)),  # mirrored and turned
+        ((0, -ONE, -ONE, 0), lambda f: f.transpose(0, 2, 1, 3)[:, ::-1, ::-1]),
+        ((0, ONE, -ONE, 0), lambda f: np.rot90(f, -1, (1, 2))),
+        ((0, -ONE, ONE, 0), lambda f: np.rot90(f, 1, (1, 2))),
+        ((3 * ONE, 100, -100, 3 * ONE), lambda f: f),  # scaled, hardly turned
+        ((0, 0, 0, 0), lambda f: f),  # degenerate: shows no area
+        ((ONE, ONE, ONE, ONE), lambda f: f),
+        ((0, ONE, 0, 0), lambda f: f),
+    ],
+)
+def test_display_matrices_turn_and_mirror_and_degenerate_ones_are_ignored(tmp_path, matrix, shown):
+    a, b, c, d = matrix
+    write(tmp_path / "stored.mp4", moving_bars(4), "libx264")
+    write(tmp_path / "a.mp4", moving_bars(4), "libx264", matrix=[a, b, 0, c, d, 0, 0, 0, 1 << 30])
+    (stored,), (clip,) = read(tmp_path / "stored.mp4"), read(tmp_path / "a.mp4")
+    assert np.array_equal(clip.frames, shown(stored.frames))
+
+
+def decode_time_for_display_time(packet):
+    packet.pts = packet.dts
+
+
+@pytest.mark.parametrize("fps", [None, 12.5])
+@pytest.mark.parametrize(
+    ("name", "mux"), [("a.avi", None), ("a.mkv", decode_time_for_display_time), ("a.mp4", decode_time_for_display_time)]
+)
+def test_time_stamps_in_the_order_of_decoding_neither_drop_nor_double_a_frame(tmp_path, name, mux, fps):
+    """AVI stores no display times; with B-frames those that are made up for it go forth and back."""
+    write(tmp_path / name, moving_bars(100), "libx264", coder={"bf": "3"}, mux=mux)
+    (clip,) = read(tmp_path / name, fps=fps)
+    steps = np.diff(clip.numbers)
+    assert set(steps[2:]) == {2 if fps else 1}
+    assert clip.fps == pytest.approx(fps or 25, rel=0.03)
+    assert any("not in order" in note for note in clip.notes)
+
+
+def test_a_clip_ends_where_the_size_of_the_pictures_changes(tmp_path):
+    small, large = moving_bars(10, 48, 64), moving_bars(10, 64, 48)
+    for name, frames in (("small", small), ("large", large)):
+        write(tmp_path / f"{name}.ts", frames, "libx264", coder={"crf": "8"})
+    data = [(tmp_path / f"{name}.ts").read_bytes() for name in ("small", "large")]
+    (tmp_path / "a.ts").write_bytes(b"".join(data))
+    one, two = read(tmp_path / "a.ts")
+    assert psnr(one.frames, small) > 32
+    assert psnr(two.frames, large) > 32
+    assert np.array_equal(two.numbers, np.arange(10, 20))
+    assert video.sizes(tmp_path / "a.ts") == {(64, 48): 10, (48, 64): 10}
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.ts", "libx264"), ("a.mpg", "mpeg2video")])
+def test_joined_recordings_become_clips_of_their_own(tmp_path, name, codec):
+    write(tmp_path / name, moving_bars(30), codec, coder={"bf": "2"})
+    (alone,) = read(tmp_path / name)
+    (tmp_path / name).write_bytes(2 * (tmp_path / name).read_bytes())
+    parts = read(tmp_path / name)
+    assert [len(part.frames) for part in parts] == [30, 30]
+    assert [part.fps for part in parts] == [25, 25]
+    assert np.array_equal(parts[0].frames, alone.frames)
+    assert np.array_equal(parts[1].frames[1:], alone.frames[1:])
+
+
+def test_a_transport_stream_with_a_packet_lost_is_damaged(tmp_path):
+    write(tmp_path / "a.ts", moving_bars(100), "libx264")
+    data = (tmp_path / "a.ts").read_bytes()
+    ours = [start for start in range(0, len(data), 188) if (data[start + 1] & 31) * 256 + data[start + 2] == 256]
+    lost = ours[len(ours) // 2]
+    (tmp_path / "a.ts").write_bytes(data[:lost] + data[lost + 188 :])
+    expect_one_line(tmp_path / "a.ts", "corrupt packet")
+
+
+def test_frames_that_an_edit_list_leaves_out_do_not_count(tmp_path):
+    """The header says 24, of which the first five are to be decoded and not shown."""
+    write(tmp_path / "a.mp4", moving_bars(24), "libx264", times=range(-5, 19), coder={"bf": "0", "crf": "8"})
+    (clip,) = read(tmp_path / "a.mp4")
+    assert video.probe(tmp_path / "a.mp4").frames == 24
+    assert video.sizes(tmp_path / "a.mp4") == {(64, 48): 19}
+    assert np.array_equal(clip.numbers, np.arange(19))
+    assert psnr(clip.frames, moving_bars(24)[5:]) > 32
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.mkv", "libx264"), ("a.avi", "mpeg4"), ("a.mp4", "libx264"), ("a.ts", "mpeg2video")]
+)
+def test_what_comes_before_the_first_key_frame_is_left_out(tmp_path, name, codec):
+    """It depends on what the file does not hold: some decoders show grey smear for it."""
+    number = iter(range(1000))
+    coder = {"g": "12", "bf": "0", "crf": "8"} if codec == "libx264" else {"g": "12", "bf": "0", "b": "4000000"}
+    write(tmp_path / name, moving_bars(48), codec, coder=coder, mux=lambda packet: next(number) >= 5)
+    (clip,) = read(tmp_path / name)
+    assert np.array_equal(clip.numbers, np.arange(36))
+    assert psnr(clip.frames, moving_bars(48)[12:]) > 30
+    assert video.sizes(tmp_path / name).total() == 36
+
+
+def test_interlaced_frames_lose_their_combing(tmp_path):
+    """A bar that moves 4 pixels a frame: its two fields, half a frame apart, make a comb of every upright edge."""
+    moments = np.full((40, 64, 96, 3), 40, np.uint8)
+    for t, moment in enumerate(moments):
+        moment[:, 2 * t : 2 * t + 12] = 220
+    woven = moments[::2].copy()
+    woven[:, 1::2] = moments[1::2, 1::2]
+    write(tmp_path / "a.mkv", woven, "libx264", coder={"x264-params": "tff=1", "crf": "4"})
+    (clip,) = read(tmp_path / "a.mkv")
+    assert clip.frames.shape == woven.shape
+    assert np.array_equal(clip.numbers, np.arange(20))
+    assert clip.fps == 25
+
+    def combing(frames):
+        return np.abs(frames[:, 2:].astype(int) - 2 * frames[:, 1:-1].astype(int) + frames[:, :-2]).mean()
+
+    assert combing(clip.frames) < 0.1 * combing(woven)
+    assert max(psnr(clip.frames[1:-1], moments[field:][2:-2:2]) for field in (0, 1)) > 25
+    assert any("interlaced" in note for note in clip.notes)
+
+
+def high_dynamic_range(greys, trc):
+    """A frame of upright stripes, each of one grey: code values 0..1 at 10 bits, BT.2020."""
+    frame = av.VideoFrame(32 * len(greys), 64, "yuv420p10le")
+    for plane, values in zip(frame.planes, ([64 + 876 * grey for grey in greys], [512], [512])):
+        row = np.repeat(np.round(values).astype(np.uint16), plane.width // len(values))
+        padded = np.zeros((plane.height, plane.line_size // 2), np.uint16)
+        padded[:, : plane.width] = row
+        plane.update(padded.tobytes())
+    frame.colorspace, frame.color_range, frame.color_primaries, frame.color_trc = 9, 1, 9, trc
+    return frame
+
+
+def test_high_dynamic_range_is_converted(tmp_path):
+    """PQ (SMPTE ST 2084): white of 203 cd/m² is white, and half its light is half the light in sRGB, too."""
+    light = np.array([203.0, 101.5, 20.3, 4000.0])
+    power = (light / 1e4) ** (2610 / 16384)
+    greys = ((3424 / 4096 + 2413 / 128 * power) / (1 + 2392 / 128 * power)) ** (2523 / 32)
+    frames = [high_dynamic_range(greys, 16) for _ in range(3)]
+    write(tmp_path / "a.mkv", frames, "ffv1", "yuv420p10le")
+    (clip,) = read(tmp_path / "a.mkv", short_side=32)
+    shown = clip.frames[1, 16, 8::16].mean(-1) / 255
+    linear = np.where(shown < 0.04045, shown / 12.92, ((shown + 0.055) / 1.055) ** 2.4)
+    assert linear == pytest.approx([1, 0.5, 0.1, 1], abs=0.03)
+    assert any("high dynamic range" in note for note in clip.notes)
+
+
+@pytest.mark.parametrize(("height", "matrix"), [(720, "ITU709"), (480, "ITU601")])
+def test_without_a_colour_tag_hd_is_taken_for_bt709_and_smaller_for_bt601(tmp_path, height, matrix):
+    colour = np.full((height, 640, 3), (200, 40, 40), np.uint8)
+    frame = av.VideoFrame.from_ndarray(colour, format="rgb24").reformat(format="yuv420p", dst_colorspace=matrix)
+    frame.colorspace = 2  # unspecified
+    write(tmp_path / "a.mkv", [frame] * 2, "ffv1")
+    with av.open(str(tmp_path / "a.mkv")) as container:
+        assert next(container.decode(video=0)).colorspace == 2
+    (clip,) = read(tmp_path / "a.mkv", short_side=64)
+    assert np.abs(clip.frames.astype(int) - (200, 40, 40)).max() <= 4
+
+
+def test_a_live_recording_states_no_length_and_that_is_noted(tmp_path):
+    write(tmp_path / "live.mkv", moving_bars(30), "libx264", live="1")
+    write(tmp_path / "whole.mkv", moving_bars(30), "libx264")
+    (live,), (whole,) = read(tmp_path / "live.mkv"), read(tmp_path / "whole.mkv")
+    assert np.array_equal(live.frames, whole.frames)
+    assert whole.notes == ()
+    (note,) = live.notes
+    assert "no length" in note
+
+
+def test_a_recording_that_starts_late_is_whole(tmp_path):
+    """Matroska's length counts from zero, wherever the first frame lies."""
+    write(tmp_path / "a.mkv", moving_bars(30), "libx264", times=range(50, 80), avoid_negative_ts="disabled")
+    (clip,) = read(tmp_path / "a.mkv")
+    assert len(clip.frames) == 30
 
 
 def expect_one_line(path, *words):
