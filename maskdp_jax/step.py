@@ -113,9 +113,15 @@ def release(
 
 
 def make_step(
-    objective: Objective, mechanism: Mechanism, optimizers: Optimizers, layout: Layout
+    objective: Objective,
+    mechanism: Mechanism,
+    optimizers: Optimizers,
+    layout: Layout,
+    watch: Callable[[Params], Array] | None = None,
 ) -> Callable[[State, StepBatch, Key[Array, "streams"]], tuple[State, dict[str, Array], Array]]:
     """Compiles `step(state, batch, noise_key) -> (state, metrics, norms of the records' terms)`.
+
+    With `watch`, `metrics["watched"]` is what it makes of the noised sum; for `maskdp audit`.
 
     Guarantees:
         Private data reach the state through `release` alone (but for `sgd`, which has no privacy). Whatever the
@@ -147,6 +153,8 @@ def make_step(
         metrics, norms = {}, jnp.zeros(1)
         if batch.noisy is not None:
             gradient, norms = release(objective, mechanism, layout, state.weights, batch.noisy, key)
+            if watch:
+                metrics["watched"] = watch(gradient)
             if objective.name == "maskdp_residual":
                 metrics["loss"], public = exact_gradient(state.weights, batch.exact)
                 gradient = jax.tree.map(jnp.add, gradient, public)

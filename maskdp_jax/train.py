@@ -8,7 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -24,12 +24,25 @@ from maskdp_jax.data import Clips, Views, contributions, stream, units
 from maskdp_jax.evaluate import Evaluator
 from maskdp_jax.keys import RunSecret
 from maskdp_jax.mechanism import Mechanism, calibrate, upward
-from maskdp_jax.model import Network, fits
+from maskdp_jax.model import Network, Params, fits
 from maskdp_jax.objectives import Objective
 from maskdp_jax.step import Optimizers, StepBatch, make_step
 
 SECRET, RESULT, METRICS = "run.secret", "result.json", "metrics.jsonl"
 _NOT_PRIVATE = "raw_* and accuracy_* are computed on private data without noise: keep this file with the data"
+
+
+class Rehearsal(Protocol):
+    """An attack on the loop of `train`: other terms in place of the records' own, and a look at every release."""
+
+    def objective(self, objective: Objective) -> Objective:
+        """The objective whose `term` is attacked with."""
+
+    def watch(self, noised: Params) -> jax.Array:
+        """What is kept of a noised sum, inside the compiled step."""
+
+    def see(self, batch: StepBatch, watched: jax.Array) -> None:
+        """One step: the batch it took, and what `watch` kept."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,8 +57,10 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def train(config: TrainConfig) -> pathlib.Path:
+def train(config: TrainConfig, rehearsal: Rehearsal | None = None) -> pathlib.Path:
     """Runs `config` to its end, from its last checkpoint if there is one, and returns the run folder.
+
+    `rehearsal` is given by `maskdp audit` alone.
 
     Guarantees:
         The weights of every step, hence all checkpoints, keep to the ε of the card. A run that was cut off repeats the
@@ -72,6 +87,8 @@ def train(config: TrainConfig) -> pathlib.Path:
     # ---- Model: from random weights or from those of a public run.
     network = Network(config.model, config.data.frames, config.data.size, len(clips.labels), config.seed)
     objective = Objective.from_config(network, config.objective)
+    if rehearsal:
+        objective = rehearsal.objective(objective)
     params, init = _start_weights(config, network, clips.labels, fingerprint) if config.init else (network.init, None)
     layout = parallel.Layout(config.parallel)
     state = layout.replicate(checkpoint.start_state(config, objective, params))
@@ -105,7 +122,8 @@ def train(config: TrainConfig) -> pathlib.Path:
         return StepBatch(None, private) if objective.name == "sgd" else StepBatch(private, public)
 
     # ---- The loop.
-    step = make_step(objective, mechanism, Optimizers.from_config(config), layout)
+    watch = rehearsal.watch if rehearsal else None
+    step = make_step(objective, mechanism, Optimizers.from_config(config), layout, watch)
     evaluator = Evaluator(objective, eval_clips) if eval_clips else None
     metrics = _Metrics(folder / METRICS, first)
     began = time.monotonic()
@@ -115,6 +133,8 @@ def train(config: TrainConfig) -> pathlib.Path:
             range(first, mechanism.steps), stream(load, first, mechanism.steps, config.data.threads), strict=True
         ):
             state, values, norms = step(state, layout.shard(batch), secret.noise_key(t))
+            if rehearsal:
+                rehearsal.see(batch, values.pop("watched"))
             done = t + 1
             if _due(config.every.log, done):
                 metrics.write(done, **_logged(objective, values, norms))
