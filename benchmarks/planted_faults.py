@@ -207,7 +207,7 @@ _padded = mechanism._padded
 def _uncharged_truncation() -> Iterator[None]:
     with (
         mock.patch.object(Mechanism, "private_slots", property(lambda m: m.batch_size)),
-        mock.patch.object(Mechanism, "_subsampled_delta", lambda m, e: m._pld_delta(m._untruncated, m.event()[1], e)),
+        mock.patch.object(Mechanism, "_overflow", 0.0),
     ):
         yield
 
