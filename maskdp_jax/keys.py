@@ -15,8 +15,6 @@ import stat
 import tempfile
 from typing import TextIO
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
@@ -35,8 +33,9 @@ class RunSecret:
         same file bound to another run would yield unrelated keys. The file has mode 0600, is written whole or not at
         all and never replaces another; the secret shows in no repr, error or pickle.
 
-    The key of one `threefry2x32` stream has 64 bits, which is within reach of a determined search; draw noise from
-    several (`keys`), which `noise.gaussian` combines so that all of them must be known.
+    Noise comes from ChaCha20 under 256-bit keys (`chacha.words`), batches from Philox under 128-bit keys. `jax.random`
+    is not used: a `threefry2x32` key has 64 bits, and the exclusive or of two such streams falls to a
+    meet-in-the-middle search of about 2⁶⁴ steps, not 2¹²⁸.
     """
 
     __slots__ = ("_binding", "_secret", "run_id")
@@ -105,18 +104,13 @@ class RunSecret:
             pass
         return None, None
 
-    def key(self, purpose: str, step: int) -> jax.Array:
-        """() typed `threefry2x32` key for one purpose and step. 64 bits."""
-        return self.keys(purpose, step, 1)[0]
+    def key(self, purpose: str, step: int) -> np.ndarray:
+        """(8,) uint32: the 256-bit key of `chacha.words` for one purpose and step."""
+        return np.frombuffer(self._expand("chacha20", purpose, step, 32), np.uint32)
 
-    def keys(self, purpose: str, step: int, count: int) -> jax.Array:
-        """(count,) independent typed `threefry2x32` keys for one purpose and step. 64 bits each."""
-        words = np.frombuffer(self._expand("jax", purpose, step, 8 * count), np.uint32).reshape(count, 2)
-        return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
-
-    def noise_key(self, step: int) -> jax.Array:
-        """(2,) keys for `noise.gaussian`: 128 bits that must all be known to reproduce the noise of `step`."""
-        return self.keys("noise", step, 2)
+    def noise_key(self, step: int) -> np.ndarray:
+        """(8,) uint32: the key from which `step` draws its noise."""
+        return self.key("noise", step)
 
     def generator(self, purpose: str, step: int) -> np.random.Generator:
         """A numpy generator (Philox, 128-bit key) for one purpose and step."""

@@ -6,14 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Key
+from jaxtyping import Array, Float32, UInt32
+
+from maskdp_jax import chacha
 
 _WORDS = 4  # 32-bit words a coordinate
 _BITS = 120  # of them in use: 2**-121 is still a normal float32
 _MOST_COORDINATES = 2**30
 
 
-def gaussian(key: Key[Array, "*streams"], shape: tuple[int, ...]) -> Float32[Array, "*shape"]:
+def gaussian(key: UInt32[Array, "8"], shape: tuple[int, ...]) -> Float32[Array, "*shape"]:
     """Standard normal noise: Φ⁻¹ of 120 random bits, one of them the sign.
 
     `jax.random.normal` in float32 has 2²³ values and ends at ±5.4: a release beyond the reach of one neighbour gives
@@ -21,12 +23,11 @@ def gaussian(key: Key[Array, "*streams"], shape: tuple[int, ...]) -> Float32[Arr
     tail ends at ±12.7, which `support_delta` charges.
 
     Guarantees:
-        A function of the key and shape alone: the same on one device, on eight, and under any sharding. With an array
-        of keys the bits of all streams are combined by exclusive or: whoever lacks one key knows nothing of the noise.
+        A function of the key and shape alone: the same on one device, on eight, and under any sharding. The bits are
+        those of ChaCha20 under the 256-bit `key`.
         The error of one value in float32 is below 1e-6 of max(1, |value|); the accounting takes the reals, as usual.
     """
-    words = jax.vmap(lambda k: jax.random.bits(k, (_WORDS, *shape), jnp.uint32))(jnp.atleast_1d(key))
-    first, *others = jnp.bitwise_xor.reduce(words, axis=0)
+    first, *others = chacha.words(key, _WORDS * math.prod(shape)).reshape(_WORDS, *shape)
     sign = jnp.where(first >> 31, jnp.float32(1), jnp.float32(-1))
     return sign * -jax.scipy.special.ndtri(_tail(first & jnp.uint32(2**31 - 1), *others))
 
@@ -37,7 +38,7 @@ def _tail(first: Array, second: Array, third: Array, fourth: Array) -> Array:
     return sum(word.astype(jnp.float32) * place for word, place in reversed(places))
 
 
-def add_noise(tree: Any, key: Key[Array, "*streams"], stddev: float) -> Any:
+def add_noise(tree: Any, key: UInt32[Array, "8"], stddev: float) -> Any:
     """`tree` of float32 leaves plus N(0, stddev²) on every coordinate.
 
     Call it once on the global sum, after the collective: noise on each device would add up to √devices times as much,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Key
+from jaxtyping import Array, UInt32
 
 from maskdp_jax import parallel
 from maskdp_jax.clipping import clipped_fun
@@ -89,7 +89,7 @@ def release(
     layout: Layout,
     weights: Weights,
     batch: Views,
-    key: Key[Array, "streams"],
+    key: UInt32[Array, "8"],
 ) -> tuple[Params, Array]:
     """One device's part in the noised sum over all devices, divided by the public constant; and its records' norms.
 
@@ -118,7 +118,7 @@ def make_step(
     optimizers: Optimizers,
     layout: Layout,
     watch: Callable[[Params], Array] | None = None,
-) -> Callable[[State, StepBatch, Key[Array, "streams"]], tuple[State, dict[str, Array], Array]]:
+) -> Callable[[State, StepBatch, UInt32[Array, "8"]], tuple[State, dict[str, Array], Array]]:
     """Compiles `step(state, batch, noise_key) -> (state, metrics, norms of the records' terms)`.
 
     With `watch`, `metrics["watched"]` is what it makes of the noised sum; for `maskdp audit`.
