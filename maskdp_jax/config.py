@@ -184,12 +184,15 @@ class PrivacyConfig:
             other), or whose whole term is `remove`d.
         sampling: `independent` private and public batches; `shared_*` the same batch for both, without amplification.
         clips_per_record: most clips one record contributes; 0: all.
+        exact: make the release in integers, out of reach of attacks on floating point. By default for `maskdp` alone:
+            it forms the terms of a microbatch of records, which large models cannot afford.
     """
 
     unit: str = "video"
     adjacency: str = "zero_out"
     sampling: str = "independent"
     clips_per_record: int = 0
+    exact: bool | None = None
 
     def __post_init__(self):
         config.one_of(self, "unit", UNITS)

@@ -92,6 +92,7 @@ class Mechanism:
         max_batch: slots of a Poisson batch; what exceeds them is dropped uniformly at random and accounted. By default
             so many that no batch of the run overflows but with probability 1e-24.
         public_batch: size of the public batch under `independent`; `batch_size` by default.
+        exact: the release is made in integers (`lattice.Lattice`), not in floating point.
 
     Raises:
         UserError: a combination that has no meaning or no proof.
@@ -107,6 +108,7 @@ class Mechanism:
     l2_clip_norm: float = 1.0
     max_batch: int | None = None
     public_batch: int | None = None
+    exact: bool = False
 
     def __post_init__(self):
         config.one_of(self, "objective", OBJECTIVES)
@@ -157,7 +159,7 @@ class Mechanism:
 
     @property
     def noise_stddev(self) -> float:
-        """σ·C, the standard deviation of the noise on each coordinate of the global sum."""
+        """σ·C, the standard deviation of the noise on each coordinate of the global sum; exact ones add a little."""
         return self.noise_multiplier * self.l2_clip_norm
 
     @property
@@ -246,7 +248,7 @@ class Mechanism:
 
     def delta(self, epsilon: float) -> float:
         """The smallest δ that may be claimed at `epsilon`, by the bound of `Epsilon.value`."""
-        return min(1.0, self._delta(epsilon) + support_delta(self.steps, epsilon))
+        return min(1.0, self._delta(epsilon) + support_delta(self.steps, epsilon, self.exact))
 
     def epsilon(self, delta: float) -> Epsilon:
         """What may be claimed at `delta`.
@@ -266,8 +268,8 @@ class Mechanism:
             return Epsilon(math.inf, None, None, delta, self._words())
 
         def least(bound: Callable[[float], float]) -> float:
-            charged = lambda epsilon: bound(epsilon) + support_delta(self.steps, epsilon)  # noqa: E731
-            return _smallest_epsilon(charged, delta, _largest_epsilon(self.steps, delta))
+            charged = lambda epsilon: bound(epsilon) + support_delta(self.steps, epsilon, self.exact)  # noqa: E731
+            return _smallest_epsilon(charged, delta, _largest_epsilon(self.steps, delta, self.exact))
 
         found = [least(bound) for bound in self._bounds]
         by_pld = by_rdp = None
@@ -448,7 +450,7 @@ def calibrate(
     if mechanism.sensitivity in (0, math.inf):
         raise UserError(f"objective: {mechanism.objective} has no noise to calibrate")
     steps = 1 if parameter == "steps" else mechanism.steps
-    if epsilon > (largest := _largest_epsilon(steps, delta)):
+    if epsilon > (largest := _largest_epsilon(steps, delta, mechanism.exact)):
         raise UserError(
             f"epsilon: {epsilon:.6g}, expected at most {math.floor(10 * largest) / 10} for {steps} steps at delta "
             f"{delta}: beyond it the finite support of the noise alone costs more than half of delta"
@@ -536,11 +538,11 @@ def compose(mechanisms: Sequence[Mechanism], delta: float) -> Epsilon:
             return Epsilon(math.inf, None, None, delta, words)
         losses = [_composed_pld(m._whole, m.event()[1], grid) for m in composed]
         loss = functools.reduce(lambda one, other: one.compose(other), losses)
-        steps = sum(m.steps for m in composed)
 
         def delta_of(epsilon: float) -> float:
             overflow = sum(m._overflow_delta(epsilon) for m in composed if not m._in_epochs)
-            return loss.get_delta_for_epsilon(epsilon) + overflow + support_delta(steps, epsilon)
+            lost = sum(support_delta(m.steps, epsilon, m.exact) for m in composed)
+            return loss.get_delta_for_epsilon(epsilon) + overflow + lost
 
         together = _smallest_epsilon(delta_of, delta / parts)
         by_pld = None if summed else together
@@ -584,9 +586,9 @@ def _composed_pld(event: dp_accounting.DpEvent, relation: dp_accounting.Neighbor
     return accountant._pld.self_compose(stages) if stages > 1 else accountant._pld
 
 
-def _largest_epsilon(steps: int, delta: float) -> float:
+def _largest_epsilon(steps: int, delta: float, exact: bool) -> float:
     """The ε at which the finite support of the noise costs half of `delta`; beyond it nothing is claimed."""
-    return math.log(max(delta / support_delta(steps, 0.0) - 1, 1e-300))
+    return math.log(max(delta / support_delta(steps, 0.0, exact) - 1, 1e-300))
 
 
 def _smallest_epsilon(delta_of: Callable[[float], float], delta: float, largest: float = _LARGEST_EPSILON) -> float:

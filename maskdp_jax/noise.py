@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, UInt32
 
-from maskdp_jax import chacha
+from maskdp_jax import chacha, lattice
 
 _WORDS = 4  # 32-bit words a coordinate
 _BITS = 120  # of them in use: 2**-121 is still a normal float32
@@ -62,11 +62,13 @@ def add_noise(tree: Any, key: UInt32[Array, "8"], stddev: float) -> Any:
     return jax.tree.unflatten(structure, noisy)
 
 
-def support_delta(steps: int, epsilon: float, coordinates: int = _MOST_COORDINATES) -> float:
-    """The δ lost to the end of the noise's tail.
+def support_delta(steps: int, epsilon: float, exact: bool = False) -> float:
+    """The δ lost to noise that is not quite Gaussian.
 
-    A draw differs from a Gaussian rounded to its grid only in the outermost cell of either sign, 2⁻¹¹⁹ of the mass. So
-    over a run both neighbours are within total variation τ = steps · coordinates · 2⁻¹¹⁹ of the ideal mechanism, which
-    turns (ε, δ) into (ε, δ + (1 + e^ε) τ). It is far below any δ up to ε ≈ 35 and forbids claims much beyond.
+    In floating point a draw differs from a Gaussian rounded to its grid only in the outermost cell of either sign,
+    2⁻¹¹⁹ of the mass: total variation 2⁻⁸⁹ over 2³⁰ coordinates. The integer noise of an exact release is within
+    `lattice.LOST`. So over a run both neighbours are within `steps` times that, v, of the ideal mechanism, which turns
+    (ε, δ) into (ε, δ + (1 + e^ε)·v).
     """
-    return (1 + math.exp(min(epsilon, 700))) * steps * coordinates * 2.0 ** (1 - _BITS)
+    lost = lattice.LOST if exact else _MOST_COORDINATES * 2.0 ** (1 - _BITS)
+    return (1 + math.exp(min(epsilon, 700))) * steps * lost

@@ -12,6 +12,7 @@ from maskdp_jax import parallel
 from maskdp_jax.clipping import clipped_fun
 from maskdp_jax.config import TrainConfig
 from maskdp_jax.data import Views
+from maskdp_jax.lattice import Lattice
 from maskdp_jax.mechanism import Mechanism
 from maskdp_jax.model import Params
 from maskdp_jax.noise import add_noise
@@ -94,8 +95,11 @@ def release(
     """One device's part in the noised sum over all devices, divided by the public constant; and its records' norms.
 
     Guarantees:
-        `clipped_fun` of the local terms, one sum over devices, then noise of standard deviation
-        `mechanism.noise_stddev` once on the global sum, from the same key everywhere.
+        Each record's term is clipped, the terms are summed once over all devices, and noise from the same key
+        everywhere is added once to the global sum. If `mechanism.exact`, terms, sum and noise are integers
+        (`lattice.Lattice`): the sum is independent of the order and, with the same microbatch on each device, the
+        release is the same to the bit on any number of devices. It holds the terms of a microbatch (of all rows, where
+        there is none). Otherwise they are floats, and the noise has standard deviation `mechanism.noise_stddev`.
     """
     clipped_sum = clipped_fun(
         lambda noisy, record: objective.term(noisy, weights, record),
@@ -103,12 +107,32 @@ def release(
         keep_batch_dim=False,
         l2_clip_norm=mechanism.l2_clip_norm,
         return_norms=True,
-        microbatch_size=layout.microbatch(len(batch.padding)),
+        microbatch_size=None if mechanism.exact else layout.microbatch(len(batch.padding)),
         dtype=jnp.float32,
     )
     skipped = batch.padding | objective.unchanged(batch)
-    total, norms = clipped_sum(parallel.varying(objective.noisy(weights)), batch, is_padding_example=skipped)
-    total = add_noise(jax.lax.psum(total, parallel.AXIS), key, mechanism.noise_stddev)
+    noisy = parallel.varying(objective.noisy(weights))
+    if mechanism.exact:
+        coordinates = sum(leaf.size for leaf in jax.tree.leaves(noisy))
+        lattice = Lattice.plan(mechanism.noise_multiplier, mechanism.l2_clip_norm, mechanism.private_slots, coordinates)
+
+        def one(record: Views, skip: Array) -> tuple[Params, Array]:
+            alone = jax.tree.map(lambda x: x[None], record)
+            term, norms = clipped_sum(noisy, alone, is_padding_example=skip[None])
+            return lattice.rounded(term), norms[0]
+
+        def add(total: Params, part: tuple[Views, Array]) -> tuple[Params, Array]:
+            terms, norms = jax.vmap(one)(*part)
+            return jax.tree.map(lambda a, b: a + b.sum(0), total, terms), norms
+
+        size = layout.microbatch(len(skipped)) or len(skipped)
+        parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (batch, skipped))
+        zero = jax.tree.map(lambda x: (x * 0).astype(jnp.int32), noisy)
+        total, norms = jax.lax.scan(add, zero, parts)
+        total, norms = lattice.released(jax.lax.psum(total, parallel.AXIS), key), norms.reshape(-1)
+    else:
+        total, norms = clipped_sum(noisy, batch, is_padding_example=skipped)
+        total = add_noise(jax.lax.psum(total, parallel.AXIS), key, mechanism.noise_stddev)
     return jax.tree.map(lambda g: g / mechanism.divisor, total), jnp.where(skipped, 0, norms)
 
 

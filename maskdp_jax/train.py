@@ -190,6 +190,8 @@ def make_mechanism(config: TrainConfig, num_units: int) -> Mechanism:
         noise_multiplier=objective.noise_multiplier or 0.0 if objective.private else 0.0,
         l2_clip_norm=objective.l2_clip_norm,
         public_batch=min(optim.public_batch, num_units) if own_batch else None,
+        exact=objective.private
+        and (objective.name == "maskdp" if config.privacy.exact is None else config.privacy.exact),
     )
     if objective.private and objective.epsilon is not None:
         mechanism = calibrate(mechanism, objective.epsilon, objective.delta)

@@ -12,6 +12,7 @@ import pytest
 from maskdp_jax import parallel, step
 from maskdp_jax.config import ParallelConfig, ViTConfig
 from maskdp_jax.data import Views
+from maskdp_jax.lattice import Lattice
 from maskdp_jax.mechanism import Mechanism
 from maskdp_jax.model import Network
 from maskdp_jax.noise import gaussian
@@ -22,8 +23,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def sharded():
-    """One noisy step: of `maskdp` on 1 device, on 2 in microbatches, on 4 by pmap; of the residual on 1 and 4."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(ROOT)}
+    """One noisy step: of `maskdp` on 1 device, on 2 in microbatches, on 4 by pmap; of the residual on 1 and 4.
+
+    And one with the exact release: of `maskdp` on 1, 2, 4 and 8 devices, one record at a time.
+    """
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
     words = [sys.executable, str(ROOT / "tests/maskdp_jax/sharded_steps.py")]
     done = subprocess.run(words, env=os.environ | flags, capture_output=True, text=True)
     assert not done.returncode, done.stderr[-2000:]
@@ -48,6 +52,14 @@ def test_devices_make_the_step_of_one(sharded, name, devices):
     np.testing.assert_allclose(sharded[name][devices]["weights"], alone, rtol=1e-4, atol=1e-4)
 
 
+def test_exact_release_is_the_same_to_the_bit_on_any_number_of_devices(sharded):
+    heads = [sharded["maskdp"][f"exact on {devices}"]["head"] for devices in (1, 2, 4, 8)]
+    assert len(set(heads[0])) > 40
+    assert heads[0] == heads[1] == heads[2] == heads[3]
+    inexact = sharded["maskdp"]["one"]
+    assert np.std(np.subtract(heads[0], inexact["head"])) < 3 * np.std(inexact["head"])
+
+
 # --- one device -------------------------------------------------------------------------------------------------------
 
 
@@ -65,10 +77,11 @@ def batch(rows: int) -> Views:
 class Release:
     """W's noised sum for `maskdp`, compiled once."""
 
-    def __init__(self, network, noise: float, clip: float = 0.1):
+    def __init__(self, network, noise: float, clip: float = 0.1, exact: bool = False):
         self.objective = Objective(network, "maskdp")
         self.weights = jax.device_get(self.objective.start(network.init, {}))
-        self.mechanism = Mechanism(num_units=8, batch_size=4, steps=1, noise_multiplier=noise, l2_clip_norm=clip)
+        given = {"noise_multiplier": noise, "l2_clip_norm": clip, "exact": exact}
+        self.mechanism = Mechanism(num_units=8, batch_size=4, steps=1, **given)
         layout = parallel.Layout(ParallelConfig(devices=1))
 
         def one(weights, views, key):
@@ -119,6 +132,22 @@ def test_empty_batch_is_noise_alone(network):
     expected = noisy.mechanism.noise_stddev * gaussian(np.full(8, 5, np.uint32), (16 * 3,)) / 4
     np.testing.assert_allclose(total.ravel(), expected, rtol=1e-5)
     draws = np.concatenate([noisy(empty, seed)[0].ravel() for seed in range(60)])
+    assert draws.std() == pytest.approx(3.0 * 0.1 / 4, rel=0.06)
+
+
+def test_exact_release_is_the_clipped_sum_and_noise_on_the_lattice(network, silent):
+    """Without noise the sum to rounding, with it whole multiples of the spacing; padding adds exactly 0."""
+    views = batch(8)._replace(padding=np.arange(8) == 2)
+    exact = Release(network, 0.0, exact=True)
+    lattice = Lattice.plan(0.0, 0.1, 8, 48)
+    total, norms = exact(views)
+    expected, expected_norms = silent(views)
+    np.testing.assert_allclose(total, expected, atol=4.5 * lattice.spacing / 4)
+    np.testing.assert_allclose(norms, expected_norms, rtol=1e-4)
+    noisy = Release(network, 3.0, exact=True)
+    spacing = Lattice.plan(3.0, 0.1, 8, 48).spacing / 4
+    draws = np.concatenate([noisy(views._replace(padding=np.ones(8, bool)), seed)[0].ravel() for seed in range(60)])
+    assert np.array_equal(np.float64(draws) / spacing % 1, np.zeros(len(draws)))
     assert draws.std() == pytest.approx(3.0 * 0.1 / 4, rel=0.06)
 
 
