@@ -30,6 +30,7 @@ from maskdp_jax.audit.findings import Finding
 from maskdp_jax.config import TrainConfig
 from maskdp_jax.data import Clips
 from maskdp_jax.export import export
+from maskdp_jax.lattice import Lattice
 from maskdp_jax.mechanism import Batch, Mechanism
 from maskdp_jax.objectives import Objective
 
@@ -150,8 +151,15 @@ def _low_noise(mechanism: Mechanism) -> float:
     return 0.9 * mechanism.noise_multiplier * mechanism.l2_clip_norm
 
 
+_plan = Lattice.plan
+
+
+def _low_integer_noise(noise_multiplier: float, *public) -> Lattice:
+    return _plan(0.9 * noise_multiplier, *public)
+
+
 def _noise_per_device(total, key, stddev: float):
-    own = jax.vmap(lambda k: jax.random.fold_in(k, jax.lax.axis_index(parallel.AXIS)))(key)
+    own = key.at[0].add(jax.lax.axis_index(parallel.AXIS).astype(jnp.uint32))
     zeros = jax.tree.map(jnp.zeros_like, total)
     return jax.tree.map(jnp.add, total, jax.lax.psum(noise.add_noise(zeros, own, stddev), parallel.AXIS))
 
@@ -252,20 +260,27 @@ def _exported_with_hash(run: pathlib.Path, out: pathlib.Path, dataset: layers.Da
 _EXPORTERS = {"export": _exported}
 _VARIANCE = "the noise has the stated variance"
 _STATED = "a drawn canary that is there adds what is stated"
+_IN_FLOATS = {"privacy__exact": "false"}  # an exact release bounds each coordinate of a term once more
 FAULTS = {
-    "noise_low": Fault("noise × 0.9", _patched(Mechanism, "noise_stddev", property(_low_noise)), _VARIANCE),
+    "noise_low": Fault("noise × 0.9", _patched(Lattice, "plan", _low_integer_noise), _VARIANCE),
+    "float_noise_low": Fault(
+        "noise × 0.9, in floating point",
+        _patched(Mechanism, "noise_stddev", property(_low_noise)),
+        _VARIANCE,
+        settings=_IN_FLOATS,
+    ),
     "noise_per_device": Fault(
         "noise added on each of two devices",
         _patched(step, "add_noise", _noise_per_device),
         _VARIANCE,
-        settings={"parallel__devices": 2},
+        settings={"parallel__devices": 2} | _IN_FLOATS,
     ),
-    "no_clip": Fault("no clipping", _patched(step, "clipped_fun", _unclipped), BOUND),
+    "no_clip": Fault("no clipping", _patched(step, "clipped_fun", _unclipped), BOUND, settings=_IN_FLOATS),
     "clip_after_psum": Fault(
         "clipping after the sum over devices",
         _patched(step, "clipped_fun", _clipped_after_psum),
         _STATED,
-        settings={"parallel__devices": 2},
+        settings={"parallel__devices": 2} | _IN_FLOATS,
     ),
     "drawn_batch": Fault(
         "division by the size of the batch drawn",

@@ -60,6 +60,7 @@ def make(
         "adjacency": config.privacy.adjacency,
         "sampling": config.privacy.sampling,
         "event": epsilon.event,
+        "release": _release(mechanism) if claims else None,
         "mechanism": dataclasses.asdict(mechanism),
         "noise_multiplier": mechanism.noise_multiplier,
         "l2_clip_norm": mechanism.l2_clip_norm,
@@ -78,6 +79,12 @@ def make(
         "start_weights": dict(init) if init else {"from": "random"},
         "data": dict(data),
     }
+
+
+def _release(mechanism: Mechanism) -> str:
+    if mechanism.exact:
+        return "in integers, on a lattice of public spacing"
+    return "in floating point: the account is of real numbers, and attacks on low bits are not excluded"
 
 
 def _subject(config: TrainConfig, epsilon: Epsilon) -> str:

@@ -40,7 +40,8 @@ class Lattice:
 
     Attributes:
         spacing: g, a power of two.
-        stddev: τ, standard deviation of the noise in units of g before it is rounded; 0: no noise.
+        stddev: τ, standard deviation of the noise in units of g before it is rounded, itself rounded up by 1e-12 of it;
+            0: no noise.
         reach: the largest magnitude of one coordinate of one rounded term.
     """
 
@@ -61,13 +62,13 @@ class Lattice:
             stddev = noise_multiplier * (bound + math.sqrt(coordinates) / 2) * (1 + 1e-12)
             lattice = cls(2.0**exponent, stddev, math.floor(bound + 0.5))
             if records * lattice.reach + lattice._largest_noise < 2**31:
+                if not noise_multiplier or (stddev >= _LEAST and coordinates * lattice.total_variation <= LOST):
+                    return lattice
                 break
-        if noise_multiplier > 0 and (stddev < _LEAST or coordinates * lattice.total_variation > LOST):
-            raise UserError(
-                f"privacy.exact: noise_multiplier {noise_multiplier:.3g} over {coordinates} coordinates and {records} "
-                "records is too small for integers of 32 bits; expected more noise, or privacy.exact false"
-            )
-        return lattice
+        raise UserError(
+            f"privacy.exact: noise_multiplier {noise_multiplier:.3g} over {coordinates} coordinates and {records} "
+            "records leaves no room for integers of 32 bits; expected other noise, or privacy.exact false"
+        )
 
     def rounded(self, terms: PyTree) -> PyTree:
         """Clipped float32 terms in units of g, int32, each coordinate rounded to the nearest."""

@@ -125,9 +125,11 @@ def release(
             terms, norms = jax.vmap(one)(*part)
             return jax.tree.map(lambda a, b: a + b.sum(0), total, terms), norms
 
+        if len(skipped) * jax.lax.axis_size(parallel.AXIS) > layout.padded(mechanism.private_slots):
+            raise ValueError(f"more rows than the {mechanism.private_slots} slots that the integers have room for")
         size = layout.microbatch(len(skipped)) or len(skipped)
         parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (batch, skipped))
-        zero = jax.tree.map(lambda x: (x * 0).astype(jnp.int32), noisy)
+        zero = parallel.varying(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.int32), noisy))
         total, norms = jax.lax.scan(add, zero, parts)
         total, norms = lattice.released(jax.lax.psum(total, parallel.AXIS), key), norms.reshape(-1)
     else:

@@ -38,6 +38,21 @@ def test_calibrated_noise_keeps_to_epsilon(toy, tmp_path):
     assert 0.49 < made["epsilon"] <= 0.5
 
 
+def test_says_whether_the_release_is_exact(toy, tmp_path):
+    """By default for the private head alone."""
+    for objective, changes, exact in (
+        ("maskdp", {}, True),
+        ("maskdp", {"privacy__exact": "false"}, False),
+        ("dp_sgd", {}, False),
+        ("dp_sgd", {"privacy__exact": "true"}, True),
+    ):
+        made = make(toy, tmp_path, objective, **changes)
+        assert made["mechanism"]["exact"] == exact
+        assert ("integers" in made["release"]) == exact
+        assert ("floating point" in made["release"]) != exact
+    assert make(toy, tmp_path, "public_only")["mechanism"]["exact"] is False
+
+
 @pytest.mark.parametrize("objective", ["sgd", "public_only"])
 def test_no_noise_no_epsilon(toy, tmp_path, objective):
     made = make(toy, tmp_path, objective)
