@@ -96,7 +96,7 @@ class Anonymizer:
             return quarantined(people.doubt)
         if not people.persons:
             return quarantined("no person found")
-        removal = remove(frames, people, self.config.limits.max_blanked, self.inpaint)
+        removal = remove(frames, people, self.config.limits.max_blanked, *self.inpaint)
         blanked = int(removal.blanked.sum())
         doubt = removal.doubt or people.seen_again(removal.frames)
         if doubt:

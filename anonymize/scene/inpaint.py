@@ -1,10 +1,12 @@
-"""What paints the places of a scene that no frame shows: OpenCV, or a diffusion model from a local folder."""
+"""What paints the places of a scene that no frame shows: its own textures, or a diffusion model from a local folder."""
 
 import dataclasses
 
 import draccus
 import numpy as np
 
+from anonymize.scene import texture
+from anonymize.scene.removal import Inpaint
 from anonymize.vision import cues, diffusion
 from maskdp.config import one_of, positive
 
@@ -22,7 +24,8 @@ _STEP = 64  # pixels; sides of the model's pictures are multiples of this
 
 @dataclasses.dataclass(frozen=True)
 class InpaintConfig(draccus.ChoiceRegistry):
-    """Base of the backends; `inpaint.type` chooses. `load()` gives what `removal.remove` paints with."""
+    """Base of the backends; `inpaint.type` chooses. `load()` gives what `removal.remove` paints with: what paints the
+    scene of a shot, once, and what paints each frame that belongs to none."""
 
     @classmethod
     def default_choice_name(cls) -> str:
@@ -32,19 +35,24 @@ class InpaintConfig(draccus.ChoiceRegistry):
 @InpaintConfig.register_subclass("opencv")
 @dataclasses.dataclass(frozen=True)
 class OpenCVInpaint(InpaintConfig):
-    """Colours carried on from the rim (Telea 2004).
+    """Scenes are filled with their own textures (`texture`); frames without one have the colours of the rim carried on.
 
     Attributes:
-        radius: pixels around each painted one that are looked at.
+        textures: false: scenes are painted as frames are (Telea 2004), which takes no time.
+        radius: pixels around each painted one that Telea's method looks at.
     """
 
+    textures: bool = True
     radius: float = 5.0
 
     def __post_init__(self):
         positive(self, "radius")
 
-    def load(self):
-        return lambda picture, hole: cues.inpainted(picture, hole, self.radius)
+    def load(self) -> tuple[Inpaint, Inpaint]:
+        def telea(picture: np.ndarray, hole: np.ndarray) -> np.ndarray:
+            return cues.inpainted(picture, hole, self.radius)
+
+        return (texture.filled if self.textures else telea), telea
 
 
 @InpaintConfig.register_subclass("diffusers")
@@ -71,8 +79,9 @@ class DiffusersInpaint(InpaintConfig):
         one_of(self, "prompt", PROMPTS)
         diffusion.check("inpaint.folder", self.folder, CLASSES)
 
-    def load(self):
-        return DiffusionPainter(self)
+    def load(self) -> tuple[Inpaint, Inpaint]:
+        painter = DiffusionPainter(self)
+        return painter, painter
 
 
 class DiffusionPainter:

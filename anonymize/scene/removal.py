@@ -42,7 +42,13 @@ class Removal:
     doubt: str | None
 
 
-def remove(frames: np.ndarray, people: People, most_blanked: float = 0.2, inpaint: Inpaint = cues.inpainted) -> Removal:
+def remove(
+    frames: np.ndarray,
+    people: People,
+    most_blanked: float = 0.2,
+    inpaint: Inpaint = cues.inpainted,
+    inpaint_alone: Inpaint = cues.inpainted,
+) -> Removal:
     """Removes everything that `people.removal` covers, and the shadows and reflections that touch it.
 
     A removed pixel becomes the temporal median of the frames in which its place was free, adjusted to the light at the
@@ -58,7 +64,8 @@ def remove(frames: np.ndarray, people: People, most_blanked: float = 0.2, inpain
     Args:
         frames: (T, H, W, 3) uint8.
         most_blanked: the part of the clip that may be blanked without a doubt.
-        inpaint: paints the hole (H, W) bool of a picture (H, W, 3) uint8 from what surrounds it.
+        inpaint: paints the hole (H, W) bool of a picture (H, W, 3) uint8 from what surrounds it: once for a scene.
+        inpaint_alone: the same for each frame that is painted alone.
     """
     busy = people.removal.copy()
     blanked = busy.mean((1, 2)) > MOST_REMOVED
@@ -72,7 +79,7 @@ def remove(frames: np.ndarray, people: People, most_blanked: float = 0.2, inpain
     for shot in shots:
         alone[_fill(out, busy, painted, shot, inpaint)] = False
     for t in np.flatnonzero(alone):
-        out[t] = inpaint(out[t], busy[t])
+        out[t] = inpaint_alone(out[t], busy[t])
     out[blanked] = BLANK
     share = blanked.mean()
     doubt = (

@@ -8,6 +8,7 @@ import pytest
 
 from anonymize.config import AnonymizeConfig
 from anonymize.people import People
+from anonymize.scene import texture
 from anonymize.scene.inpaint import DiffusersInpaint, OpenCVInpaint
 from anonymize.scene.removal import remove
 from anonymize.vision.cues import inpainted
@@ -28,13 +29,17 @@ def hole():
 
 
 def painter(folder, **changes):
-    return DiffusersInpaint(folder=folder, steps=2, size=64, **changes).load()
+    return DiffusersInpaint(folder=folder, steps=2, size=64, **changes).load()[0]
 
 
-def test_opencv_is_the_default(picture, hole):
+def test_textures_are_the_default_for_scenes_and_telea_for_frames(picture, hole):
     settings = config.parse(AnonymizeConfig, ["--out", "x"], "anonymize")
     assert settings.inpaint == OpenCVInpaint()
-    assert np.array_equal(settings.inpaint.load()(picture, hole), inpainted(picture, hole))
+    scene, frame = settings.inpaint.load()
+    assert np.array_equal(scene(picture, hole), texture.filled(picture, hole))
+    assert np.array_equal(frame(picture, hole), inpainted(picture, hole))
+    plain, _ = OpenCVInpaint(textures=False).load()
+    assert np.array_equal(plain(picture, hole), inpainted(picture, hole))
 
 
 @pytest.mark.parametrize("kind", ["sd_inpaint", "sdxl_inpaint"])
@@ -62,7 +67,8 @@ def test_frames_painted_alone_get_the_same_noise_and_do_not_flicker(tiny, pictur
     """Two shots of one frame each: what they show is equal, and so is what is painted."""
     removal = np.stack([hole, hole])
     found = People((), removal, False, None, None, None, {})
-    result = remove(np.stack([picture, picture]), found, inpaint=painter(tiny("sd_inpaint")))
+    paint = painter(tiny("sd_inpaint"))
+    result = remove(np.stack([picture, picture]), found, inpaint_alone=paint)
     assert np.array_equal(result.frames[0], result.frames[1])
 
 
