@@ -21,6 +21,7 @@ LAYOUTS = {
     "pmap": ParallelConfig(devices=4, device_map="pmap"),
 }
 EXACT = {f"exact on {devices}": ParallelConfig(devices=devices, microbatch=1) for devices in (1, 2, 4, 8)}
+EXACT["exact by pmap"] = ParallelConfig(devices=2, device_map="pmap", microbatch=1)
 CASES = {"maskdp": ("one", "two", "pmap"), "maskdp_residual": ("one", "four")}
 
 
