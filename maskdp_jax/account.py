@@ -5,6 +5,8 @@ import json
 import math
 import sys
 
+from rich.console import Console
+
 from maskdp import config
 from maskdp.errors import UserError
 from maskdp_jax.mechanism import Mechanism, calibrate, upward
@@ -79,7 +81,8 @@ class AccountConfig:
         if self.epsilon is None or self.objective in ("sgd", "public_only"):
             return mechanism
         found = "noise_multiplier" if self.noise_multiplier is None else "steps" if self.batch else "batch_size"
-        return calibrate(mechanism, self.epsilon, self.delta, found)
+        with Console(stderr=True).status(f"searching the {found.replace('_', ' ')}"):
+            return calibrate(mechanism, self.epsilon, self.delta, found)
 
 
 def account(mechanism: Mechanism, delta: float) -> dict[str, float | int | str | None]:
