@@ -392,7 +392,7 @@ def anonymize(paths: Sequence[str], settings: AnonymizeConfig) -> int:
             atomic.write_text(out / "config.yaml", config.dump(settings))
             records = _run(sources, settings, secret)
             _write_records(out, sources, records, secret)
-            written = _write_shards(out, sources, records, settings)
+            written = _write_shards(out, sources, records, settings, secret)
     except OSError as error:
         place = error.filename or out
         raise UserError(f"{place}: {error.strerror or error}; once it can be written, run again to go on") from None
@@ -436,7 +436,7 @@ def _run(sources, settings: AnonymizeConfig, secret: bytes) -> dict[str, list[di
 
 def _write_records(out: pathlib.Path, sources, records, secret: bytes) -> None:
     lines = [
-        json.dumps({**record, "label": source.label, "split": source.split})
+        json.dumps({**{k: v for k, v in record.items() if k != "source"}, "label": source.label, "split": source.split})
         for source in sources
         for record in records[source.name]
     ]
@@ -449,7 +449,7 @@ def _write_records(out: pathlib.Path, sources, records, secret: bytes) -> None:
     os.chmod(out / "local_paths.csv", 0o600)
 
 
-def _write_shards(out: pathlib.Path, sources, records, settings: AnonymizeConfig) -> bool:
+def _write_shards(out: pathlib.Path, sources, records, settings: AnonymizeConfig, secret: bytes) -> bool:
     """Builds the dataset from the finished work, one clip in memory at a time; False where no clip was written."""
     labels = sorted({source.label for source in sources if source.label is not None}) or ["unknown"]
 
@@ -485,6 +485,7 @@ def _write_shards(out: pathlib.Path, sources, records, settings: AnonymizeConfig
         context=settings.refine.context,
         private_format=settings.dataset.private_format,
         notes={"settings": settings.pipeline_fingerprint, "clips": dict(counts)},
+        key=hmac.digest(secret, b"dataset key", hashlib.sha256),
     )
     return True
 

@@ -6,8 +6,10 @@ hash.
 
 import hashlib
 import importlib.resources
+import json
 import pathlib
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import draccus
 
@@ -51,6 +53,22 @@ def resolved(config) -> dict:
 def dump(config) -> str:
     """The config as YAML text, which `parse` reads back."""
     return draccus.dump(config)
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` → `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """SHA-256 of plain values, hex, whatever the order of keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def fingerprint(config) -> str:

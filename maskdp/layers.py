@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import json
 import pathlib
 import re
 import shutil
@@ -23,6 +24,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from maskdp import __version__, atomic
+from maskdp import identity as identities
 from maskdp.errors import UserError
 
 FILL = 128
@@ -33,6 +35,8 @@ SHARDS = "shards"
 CONTEXTS = ("none", "scene")
 """What the public layer was drawn from: `none` of the scene, or the `scene` (no masked-DP ε is stated for it)."""
 
+_METADATA = "metadata.json"
+_OWN_FILES = (identities.SECRET, "ledger.jsonl")
 _NAME = "two_layer"
 _VERSION = "1.0.0"
 
@@ -48,7 +52,7 @@ class TwoLayerClip:
         clip_id: unique key of the clip, `video_id` and a running number.
         video_id, scene_id: keys of the privacy unit: the video, and the place it was filmed in.
         subject_ids: every person in the clip.
-        source: SHA-256 of the source file, never a path.
+        source: SHA-256 of the source file, never a path; stored as a tag under the dataset's key.
         fps: frames per second.
     """
 
@@ -115,7 +119,7 @@ def _encode(frames: np.ndarray, extension: str, options: Sequence[int] = ()) -> 
     return [io.BytesIO(cv2.imencode(extension, cv2.cvtColor(frame, code), options)[1]) for frame in frames]
 
 
-def _example(clip: TwoLayerClip, private_format: str) -> dict[str, Any]:
+def _example(clip: TwoLayerClip, private_format: str, identity: identities.Identity) -> dict[str, Any]:
     quality = (cv2.IMWRITE_JPEG_QUALITY, 92) if private_format == "jpeg" else ()
     return {
         "public": {"rgba": _encode(clip.rgba, ".png")},
@@ -125,10 +129,14 @@ def _example(clip: TwoLayerClip, private_format: str) -> dict[str, Any]:
         "video_id": clip.video_id,
         "scene_id": clip.scene_id,
         "subject_ids": list(clip.subject_ids),
-        "source": clip.source,
+        "source": _source_tag(identity, clip.source),
         "fps": clip.fps,
         "frames": len(clip.rgba),
     }
+
+
+def _source_tag(identity: identities.Identity, digest: str) -> str:
+    return identity.tag("source", digest.encode())
 
 
 def _in_order(serialized: bytes) -> bytes:
@@ -153,9 +161,9 @@ def _builder_class():
         name = _NAME
         VERSION = tfds.core.Version(_VERSION)
 
-        def __init__(self, *, clips, labels, metadata, private_format, **options):
+        def __init__(self, *, clips, labels, metadata, private_format, identity, **options):
             self._clips, self._labels, self._metadata = clips, labels, metadata
-            self._private_format = private_format
+            self._private_format, self._identity = private_format, identity
             super().__init__(**options)
 
         def _info(self):
@@ -174,7 +182,7 @@ def _builder_class():
 
         def _generate_examples(self, clips):
             for clip in clips:
-                yield clip.clip_id, _example(clip, self._private_format)
+                yield clip.clip_id, _example(clip, self._private_format, self._identity)
 
     return TwoLayer
 
@@ -187,8 +195,12 @@ def write_dataset(
     context: str = "none",
     private_format: str = "jpeg",
     notes: Mapping[str, Any] | None = None,
+    key: bytes | None = None,
 ) -> pathlib.Path:
     """Writes `clips` (split name → clips, consumed one at a time) as TFDS shards to `folder/shards`, in one step.
+
+    `folder/dataset.secret` holds the dataset's random id and key (`maskdp.identity`). The id stays as long as the
+    contents do.
 
     Args:
         folder: where `shards/` appears, whole, once every clip is written; an older one there is replaced.
@@ -196,8 +208,9 @@ def write_dataset(
         context: what the public layer was drawn from, one of CONTEXTS; recorded in the metadata.
         private_format: `jpeg` (lossy, quality 92) or `png`, for the private layer only. The public one is always PNG.
         notes: further metadata of plain JSON types.
+        key: 32 secret bytes for a folder without `dataset.secret`; by default from the operating system.
 
-    Guarantees: the same clips give the same bytes, in whatever process.
+    Guarantees: the same clips under the same key give the same bytes in any process, but for the random id.
 
     Raises:
         OSError: they cannot be written; an older dataset stays.
@@ -211,12 +224,14 @@ def write_dataset(
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": FORMAT, "context": context, "fill": FILL, "maskdp": __version__, **(notes or {})}
     final = folder / SHARDS
+    identity = identities.Identity.at(folder, key=key)
     with tempfile.TemporaryDirectory(prefix=f".{SHARDS}{atomic.PARTIAL}", dir=folder) as building:
         builder = _builder_class()(
             clips=clips,
             labels=labels,
             metadata=metadata,
             private_format=private_format,
+            identity=identity,
             data_dir=building,
             file_format="array_record",
         )
@@ -227,14 +242,25 @@ def write_dataset(
             if not (reason := re.search(r"\(\) failed: ([^;]+)", str(error))):
                 raise
             raise OSError(None, reason[1], str(final)) from None
+        built = pathlib.Path(building) / _NAME / _VERSION
+        identity = identity.of_contents(_digest(built))
+        (built / _METADATA).write_text(json.dumps({"dataset_id": identity.id, **metadata}))
         # A reader sees the old shards, none, or the new ones; never a mixture.
         old = pathlib.Path(building) / "old"
         if final.exists():
             final.rename(old)
         with atomic.folder(final) as aside:
-            for file in (pathlib.Path(building) / _NAME / _VERSION).iterdir():
+            for file in built.iterdir():
                 shutil.move(file, aside / file.name)
     return final
+
+
+def _digest(path: pathlib.Path) -> bytes:
+    """Unkeyed digest of what is stored in a folder of shards, but for the random id. It never leaves this process."""
+    files = [file for file in path.iterdir() if file.is_file() and file.name not in (_METADATA, *_OWN_FILES)]
+    metadata = json.loads((path / _METADATA).read_text()) if (path / _METADATA).exists() else {}
+    metadata.pop("dataset_id", None)
+    return hashlib.sha256(identities.of_files(files) + json.dumps(metadata, sort_keys=True).encode()).digest()
 
 
 class Dataset:
@@ -244,6 +270,7 @@ class Dataset:
         path: the folder of the shards.
         labels: class names.
         metadata: what `write_dataset` recorded (`context`, `fill`, notes).
+        folder: where what belongs to the dataset lies beside its shards: secret, ledger, manifest, sheets.
     """
 
     def __init__(self, folder: str | pathlib.Path):
@@ -258,6 +285,7 @@ class Dataset:
         if self.metadata.get("format") != FORMAT:
             raise UserError(f"{folder}: format {self.metadata.get('format')!r}, expected {FORMAT!r}")
         self.labels: list[str] = self._builder.info.features["label"].names
+        self.folder = self.path.parent if self.path.name == SHARDS else self.path
 
     @property
     def splits(self) -> list[str]:
@@ -269,13 +297,34 @@ class Dataset:
             raise UserError(f"{self.path}: no split {split!r}, expected one of {', '.join(self.splits)}")
         return Split(self._builder, split)
 
-    def fingerprint(self) -> str:
-        """SHA-256 over every file of the dataset, hex: the same data gives the same value wherever it lies."""
-        total = hashlib.sha256()
-        for file in sorted(self.path.iterdir()):
-            with open(file, "rb") as opened:
-                total.update(file.name.encode() + b"\0" + hashlib.file_digest(opened, "sha256").digest())
-        return total.hexdigest()
+    @functools.cached_property
+    def identity(self) -> identities.Identity:
+        """The dataset's random id, and the key for comparisons on this machine.
+
+        A dataset that was copied without its secret gets a new key under its old id.
+
+        Raises:
+            UserError: the secret cannot be read or made, or belongs to other contents.
+        """
+        identity = identities.Identity.at(self.folder, self.metadata.get("dataset_id"))
+        if identity.id != self.metadata.get("dataset_id", identity.id):
+            raise UserError(
+                f"{identity.path}: not the secret of this version of {self.path}; expected its own, or write it again"
+            )
+        return identity
+
+    @property
+    def id(self) -> str:
+        """The random id: the only name of the dataset that may be released."""
+        return self.identity.id
+
+    def contents_tag(self) -> str:
+        """Keyed hash over every file of the dataset: equal as long as nothing in it changes. For this machine only."""
+        return self.identity.tag("contents", _digest(self.path))
+
+    def source_tag(self, digest: str) -> str:
+        """`Record.source` of clips made from the file with this SHA-256 (hex)."""
+        return _source_tag(self.identity, digest)
 
 
 class Split:
@@ -323,6 +372,16 @@ class Record:
         private = np.stack([_decode(self._private[i], cv2.COLOR_BGR2RGB) for i in frames])
         check_layers(rgba, private, self.clip_id)
         return rgba, private
+
+    @property
+    def stored_public(self) -> Sequence[bytes]:
+        """The encoded frames of the public layer."""
+        return self._public
+
+    @property
+    def stored_private(self) -> Sequence[bytes]:
+        """The encoded frames of the private layer."""
+        return self._private
 
     def clip(self) -> TwoLayerClip:
         """The whole clip."""

@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from maskdp import atomic, config, process, progress
+from maskdp import atomic, config, layers, process, progress
 from maskdp.errors import UserError
 from maskdp.report import page
 from maskdp.report import runs as run_folders
@@ -200,7 +200,20 @@ def summarize(folders: Sequence[pathlib.Path]) -> dict[str, Any]:
         }
         for row in page.rows(runs)
     ]
-    return {"configurations": configurations, "publishing": _publishing(folders)}
+    return {"configurations": configurations, "publishing": _publishing(folders), "ledger": _ledger(runs)}
+
+
+def _ledger(runs: Sequence[run_folders.Run]) -> list[str]:
+    """What publishing every run ever started on the datasets of `runs` costs, in words."""
+    from maskdp_jax import ledger
+
+    paths = sorted({run.config["data"]["path"] for run in runs if pathlib.Path(run.config["data"]["path"]).exists()})
+    return [
+        line
+        for path in paths
+        for account in ledger.accounts(ledger.read(layers.Dataset(path)))
+        for line in ledger.sentences(account)
+    ]
 
 
 def _publishing(folders: Sequence[pathlib.Path]) -> dict[str, Any] | None:
@@ -249,6 +262,8 @@ def main(arguments: list[str]) -> int:
             if (cost := summary["publishing"]) is not None:
                 bound = "no ε" if cost["epsilon"] is None else f"ε = {page.number(cost['epsilon'])}"
                 print(f"publishing all {cost['runs']} private runs costs {bound} at δ = {page.number(cost['delta'])}")
+            for line in summary["ledger"]:
+                print(f"ledger of the dataset: {line}")
     for line in failures:
         print(f"maskdp sweep: failed: {line}", file=sys.stderr)
     return 1 if failures else 0

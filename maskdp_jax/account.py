@@ -1,14 +1,20 @@
-"""`maskdp account`: the noise for an ε, the ε of a noise, or how much training both allow, before any is done."""
+"""`maskdp account`: the noise for an ε, the ε of a noise, or how much training both allow, before any is done.
 
+With `--ledger DATA`: what publishing all runs that were started on a dataset costs.
+"""
+
+import argparse
 import dataclasses
 import json
 import math
 import sys
 
 from rich.console import Console
+from rich.table import Table
 
-from maskdp import config
+from maskdp import config, layers
 from maskdp.errors import UserError
+from maskdp_jax import ledger
 from maskdp_jax.mechanism import Mechanism, calibrate, upward
 
 
@@ -103,7 +109,12 @@ def account(mechanism: Mechanism, delta: float) -> dict[str, float | int | str |
 
 
 def main(arguments: list[str]) -> int:
-    """`maskdp account --n N --batch B (--epochs E | --steps T) (--epsilon e | --noise_multiplier s) --delta d …`."""
+    """`maskdp account --n N --batch B (--epochs E | --steps T) (--epsilon e | --noise_multiplier s) --delta d …`.
+
+    Or `maskdp account --ledger DATA [--json]`.
+    """
+    if "--ledger" in arguments:
+        return _ledger_main(arguments)
     # a bare --json reads better than the --json true of every other flag
     options = config.parse(AccountConfig, _with_value(arguments, "--json"), "account")
     figures = account(options.mechanism(), options.delta)
@@ -120,6 +131,44 @@ def main(arguments: list[str]) -> int:
         text = "none" if value is None else upward(value) if isinstance(value, float) else value
         print(f"  {name:<16}  {text}")
     return 0
+
+
+def _ledger_main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="maskdp account", description="What publishing all runs on a dataset costs.")
+    parser.add_argument("--ledger", required=True, metavar="DATA", help="two-layer dataset")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    given = parser.parse_args(arguments)
+    entries = ledger.read(layers.Dataset(given.ledger))
+    accounts = ledger.accounts(entries)
+    if given.json:
+        lines = [
+            {
+                **{name: value for name, value in account._asdict().items() if name != "epsilon"},
+                "epsilon": account.epsilon and _finite(account.epsilon.value),
+                "delta": account.epsilon and account.epsilon.delta,
+            }
+            for account in accounts
+        ]
+        print(json.dumps(lines, indent=2, allow_nan=False))
+        return 0
+    table = Table("started", "run", "objective", "split", "unit", "adjacency", "ε alone", "δ", box=None, pad_edge=False)
+    for entry in entries:
+        mechanism = entry.mechanism
+        alone = mechanism.epsilon(entry.delta)
+        words = (mechanism.objective, entry.split, mechanism.unit, mechanism.adjacency)
+        table.add_row(entry.started, entry.run[:8], *words, ledger.epsilon_words(alone), f"{entry.delta:g}")
+    Console().print(table)
+    for account in accounts:
+        print(*ledger.sentences(account), sep="\n")
+    if len(accounts) > 1:
+        print("These accounts speak of different records or neighbours; no single ε covers them together.")
+    if not accounts:
+        print(f"{given.ledger}: no run on private layers was started")
+    return 0
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _with_value(arguments: list[str], flag: str) -> list[str]:

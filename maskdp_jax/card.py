@@ -1,6 +1,5 @@
 """`privacy_card.json`: what ε speaks of, what it does not, and everything a reader needs to check it."""
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +14,16 @@ _NEIGHBOURS = {
     "remove": "one whole record is left out",
 }
 _UNITS = {"video": "all clips of one video", "subject": "all clips of one person", "scene": "all clips of one place"}
+_ASSIGNMENTS = {
+    "own": "each clip belongs to the record of its own unit",
+    "fixed": "clips of several people join the record that owns all of them and are left out where there is none; the "
+    "assignment follows from ids alone, which neighbouring datasets share",
+    "alone": "clips of several people are left out, so that one person fewer is one record fewer and changes no other",
+}
+_EVALUATION = "accuracies are computed on evaluation records without noise; those records are unprotected"
+_OVERLAP = (
+    ". By option, evaluation records overlap with training records: ε does not cover whoever is told these accuracies"
+)
 _SIDE_INFORMATION = (
     "labels",
     "silhouette, pose, gait, placement and timing of every person",
@@ -28,8 +37,10 @@ def make(
     *,
     most: Mapping[str, int],
     clips: int,
-    data: Mapping[str, Any],
-    init: Mapping[str, Any] | None,
+    left_out: int,
+    context: str,
+    start_weights: Mapping[str, Any],
+    eval_overlap: bool = False,
 ) -> dict[str, Any]:
     """The card of a run.
 
@@ -38,15 +49,18 @@ def make(
         mechanism: the source of every figure about privacy.
         most: most records of one person, place and video.
         clips: clips in all records together.
-        data: `fingerprint` and `context` of the dataset.
-        init: where the start weights come from, None for random ones.
+        left_out: labelled clips of the split that are in no record.
+        context: what the avatars of the dataset were drawn from, one of `layers.CONTEXTS`.
+        start_weights: where they come from.
+        eval_overlap: whether the accuracies of the run were allowed to be those of protected records.
 
     Guarantees:
-        ε comes from `mechanism.epsilon` alone. On a dataset of `context: scene` the public layer depends on the private
-        one, and only `remove`, which takes both away, states an ε.
+        The card is a function of its arguments, none of which depends on a private pixel: the dataset appears by its
+        random id. ε comes from `mechanism.epsilon` alone. On a dataset of `context: scene` the public layer depends on
+        the private one, and only `remove`, which takes both away, states an ε.
     """
     epsilon = mechanism.epsilon(config.objective.delta)
-    independent = data["context"] == "none"
+    independent = context == "none"
     claims = config.objective.private and (independent or config.privacy.adjacency == "remove")
     return {
         "maskdp": __version__,
@@ -61,7 +75,7 @@ def make(
         "sampling": config.privacy.sampling,
         "event": epsilon.event,
         "release": _release(mechanism) if claims else None,
-        "mechanism": dataclasses.asdict(mechanism),
+        "mechanism": mechanism.as_dict(),
         "noise_multiplier": mechanism.noise_multiplier,
         "l2_clip_norm": mechanism.l2_clip_norm,
         "sensitivity": _finite(mechanism.sensitivity),
@@ -69,15 +83,17 @@ def make(
         "steps": mechanism.steps,
         "records": mechanism.num_units,
         "clips": clips,
+        "clips_left_out": left_out,
+        "assignment": _ASSIGNMENTS[_assignment(config)],
         "most_records": dict(most),
         "epsilon_whole_record": _whole_record(config, epsilon),
         "not_covered": list(_not_covered(config)),
-        "evaluation": "accuracies are computed on evaluation records without noise; those records are unprotected",
+        "evaluation": _EVALUATION + (_OVERLAP if eval_overlap else ""),
         "choices": "clip norm, learning rates, steps and architecture are taken from the config as public; the last "
         "checkpoint is the one released. Choosing any of them by looking at private results costs privacy that this "
         "card does not count; so does publishing several runs.",
-        "start_weights": dict(init) if init else {"from": "random"},
-        "data": dict(data),
+        "start_weights": dict(start_weights),
+        "dataset": {"id": mechanism.dataset, "context": context},
     }
 
 
@@ -85,6 +101,12 @@ def _release(mechanism: Mechanism) -> str:
     if mechanism.exact:
         return "in integers, on a lattice of public spacing"
     return "in floating point: the account is of real numbers, and attacks on low bits are not excluded"
+
+
+def _assignment(config: TrainConfig) -> str:
+    if config.privacy.unit != "subject":
+        return "own"
+    return "alone" if config.privacy.adjacency == "remove" else "fixed"
 
 
 def _subject(config: TrainConfig, epsilon: Epsilon) -> str:
@@ -107,7 +129,7 @@ def _not_covered(config: TrainConfig) -> tuple[str, ...]:
 def plain_words(card: Mapping[str, Any]) -> dict[str, Any]:
     """A card for people: `sentence`, and the lists `covered` and `uncovered`."""
     objective, most = card["objective"], card["most_records"]
-    if objective == "public_only" and card["data"]["context"] == "none":
+    if objective == "public_only" and card["dataset"]["context"] == "none":
         sentence = (
             "This model was trained on avatars over a blank background. No private pixel of these clips entered it, so "
             "it can tell nothing of their scenes; no ε is spent."

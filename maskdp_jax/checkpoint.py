@@ -14,20 +14,15 @@ import orbax.checkpoint as ocp
 
 from maskdp import config as config_files
 from maskdp.errors import UserError
+from maskdp_jax import run_folder
 from maskdp_jax import step as steps
 from maskdp_jax.config import DataConfig, TrainConfig
 from maskdp_jax.keys import RunSecret
 from maskdp_jax.model import Network, Params
 from maskdp_jax.objectives import Objective, Weights
 
-CHECKPOINTS, CONFIG, RUN, CARD, MODEL, WEIGHTS = (
-    "checkpoints",
-    "config.yaml",
-    "run.json",
-    "privacy_card.json",
-    "model.json",
-    "weights",
-)
+MODEL, WEIGHTS = "model.json", "weights"
+"""Files of an export, which holds no `run.json`."""
 
 
 class Checkpoints:
@@ -39,7 +34,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | pathlib.Path):
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(pathlib.Path(folder).absolute() / CHECKPOINTS, options=options)
+        self._manager = ocp.CheckpointManager(pathlib.Path(folder).absolute() / run_folder.CHECKPOINTS, options=options)
 
     def latest(self) -> int | None:
         """Steps done at the newest checkpoint, None where there is none."""
@@ -71,6 +66,7 @@ class Checkpoints:
         self._manager.close()
 
 
+STUDIO_NAME = "studio"
 STUDIO = pathlib.Path(__file__).parent / "assets" / "studio"
 """Export of a model trained on public studio clips, `configs/pretrain.yaml`."""
 
@@ -86,7 +82,7 @@ class Trained:
         views: how clips are brought before it.
         config: resolved values of the run's config.
         card: its privacy card.
-        data: fingerprint of the dataset it was trained on.
+        dataset: random id of the dataset it was trained on.
     """
 
     objective: Objective
@@ -95,24 +91,12 @@ class Trained:
     views: DataConfig
     config: Mapping[str, Any]
     card: Mapping[str, Any]
-    data: str
+    dataset: str
 
     @property
     def params(self) -> Params:
         """All parameters of f."""
         return self.weights.theta | self.weights.fixed
-
-
-def read_config(folder: str | pathlib.Path) -> TrainConfig:
-    """The resolved config that a run wrote.
-
-    Raises:
-        UserError: `folder` is not a run folder.
-    """
-    path = pathlib.Path(folder) / CONFIG
-    if not path.exists():
-        raise UserError(f"{folder}: not a run, expected a folder that `maskdp train` or `maskdp export` wrote")
-    return config_files.parse(TrainConfig, ["--config_path", str(path)], "train")
 
 
 def load(folder: str | pathlib.Path) -> Trained:
@@ -121,10 +105,10 @@ def load(folder: str | pathlib.Path) -> Trained:
     Raises:
         UserError: it is neither, or the run has no checkpoint yet.
     """
-    folder = STUDIO if str(folder) == "studio" else pathlib.Path(folder)
-    config = read_config(folder)
+    folder = STUDIO if str(folder) == STUDIO_NAME else pathlib.Path(folder)
+    config = run_folder.read_config(folder)
     exported = (folder / MODEL).exists()
-    about = _json(folder / (MODEL if exported else RUN))
+    about = _json(folder / MODEL) if exported else run_folder.read(folder)
     network = Network(config.model, config.data.frames, config.data.size, len(about["labels"]), config.seed)
     objective = Objective.from_config(network, config.objective)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # wherever it was trained
@@ -140,7 +124,7 @@ def load(folder: str | pathlib.Path) -> Trained:
         state = checkpoints.restore(like)
         checkpoints.close()
         weights = released(state)
-    card = _json(folder / CARD) if (folder / CARD).exists() else {}
+    card = _json(folder / run_folder.CARD) if (folder / run_folder.CARD).exists() else {}
     return Trained(
         objective,
         weights,
@@ -148,7 +132,7 @@ def load(folder: str | pathlib.Path) -> Trained:
         config.data,
         config_files.resolved(config),
         card,
-        about["data"],
+        about["dataset"] if exported else about["mechanism"]["dataset"],
     )
 
 

@@ -6,10 +6,7 @@ import draccus
 
 from maskdp import config
 from maskdp.errors import UserError
-
-UNITS = ("video", "subject", "scene")
-ADJACENCIES = ("zero_out", "replace", "remove")
-SAMPLINGS = ("independent", "shared_poisson", "shared_epochs")
+from maskdp_jax.mechanism import ADJACENCIES, SAMPLINGS, UNITS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +18,8 @@ class DataConfig:
         split, eval_split: names of the splits; no `eval_split`, no evaluation.
         frames: frames a clip, spaced evenly over its length.
         size: side of the square views in pixels.
+        eval_on_protected_records: allow `eval_split` to be or to overlap with the split trained on. The accuracies of a
+            private run are then functions of the records it protects, and no ε covers them.
         crop: cut each clip to a square around its avatars, wider than they are by this part; 0: the whole frame.
         cache: keep decoded views in memory (`2 * frames * size² * 3` bytes a clip).
         threads: threads that read ahead.
@@ -29,6 +28,7 @@ class DataConfig:
     path: str = ""
     split: str = "train"
     eval_split: str = "test"
+    eval_on_protected_records: bool = False
     frames: int = 8
     size: int = 64
     crop: float = 0.0
@@ -267,12 +267,15 @@ class TrainConfig:
         seed: of the initial weights. Never of noise or sampling, which come from the run's secret.
         init: run or export whose weights to start from, trained on public data; its head is kept if the labels agree.
             `studio` is the one that comes with the project (`configs/pretrain.yaml`).
+        init_is_public: your word that the data behind `init` are public and hold none of the records protected here. An
+            export does not say which records it was trained on, so a private run asks for it.
         trainable: regular expressions of parameter names; one that matches anywhere is trained.
     """
 
     out: str = ""
     seed: int = 0
     init: str = ""
+    init_is_public: bool = False
     trainable: tuple[str, ...] = (".",)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ViTConfig)

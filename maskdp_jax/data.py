@@ -69,11 +69,15 @@ class Clips:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def record(self, key: Keys) -> layers.Record:
+        """The stored clip that `key` is of."""
+        return self._records[key.index]
+
     def views(self, number: int) -> tuple[UInt8[np.ndarray, "t h w 3"], UInt8[np.ndarray, "t h w 3"]]:
         """Composite and public view of one clip, composed at full size, cropped and brought to `size` alike."""
         if (kept := self._memory.get(number)) is not None:
             return kept
-        record = self._records[self.keys[number].index]
+        record = self.record(self.keys[number])
         rgba, private = record.layers(spaced(record.frames, self._config.frames))
         if self._config.crop:
             rgba, private = cropped(rgba, private, self._config.crop)
@@ -148,13 +152,22 @@ def units(keys: Sequence[Keys], privacy: PrivacyConfig) -> list[tuple[int, ...]]
         Every clip is in at most one record, and with `subject` every clip of one person is in one and the same record
         or in none: clips of several people whose records differ are left out. Which clips count, and which are left
         out beyond `clips_per_record`, follows from a hash of the ids alone and never from a pixel.
+        Under `zero_out` and `replace` the ids, hence the records, are the same in neighbouring datasets. Under `remove`
+        a person's clips may leave: there `subject` leaves out every clip of several people, so that one person fewer is
+        one record fewer and no other record changes. (With such clips, a person's absence would free theirs for
+        others, and up to three records could change.)
 
     Raises:
         UserError: the unit is `subject` or `scene`, and a clip does not say whose or where it is.
     """
     order = sorted(range(len(keys)), key=lambda n: _hash(keys[n].clip_id))
     if privacy.unit == "subject":
-        groups = _by_subject(keys, sorted(order, key=lambda n: len(keys[n].subject_ids)))
+        alone = privacy.adjacency == "remove"
+        groups = _by_subject(keys, sorted(order, key=lambda n: len(keys[n].subject_ids)), alone)
+        if not groups:
+            raise UserError(
+                "privacy.unit: subject under remove leaves out clips of several people; there are no others"
+            )
     else:
         groups = {}
         for number in order:
@@ -168,14 +181,19 @@ def units(keys: Sequence[Keys], privacy: PrivacyConfig) -> list[tuple[int, ...]]
     return [tuple(sorted(numbers[:most])) for _, numbers in sorted(groups.items(), key=lambda item: str(item[0]))]
 
 
-def _by_subject(keys: Sequence[Keys], order: Sequence[int]) -> dict[Any, list[int]]:
-    """Clips of one person found their records; clips of several join one only if nobody in them has another."""
+def _by_subject(keys: Sequence[Keys], order: Sequence[int], alone: bool) -> dict[Any, list[int]]:
+    """Record → clips. A clip joins the record that owns all its subjects; a clip with only new subjects starts one.
+
+    With `alone`, clips of several people are left out.
+    """
     owner: dict[str, tuple[str, ...]] = {}
     groups: dict[Any, list[int]] = {}
     for number in order:
         people = tuple(sorted(set(keys[number].subject_ids)))
         if not people:
             raise UserError(f"clip {keys[number].clip_id}: names no subject, which privacy.unit subject needs")
+        if alone and len(people) > 1:
+            continue
         if not any(person in owner for person in people):
             owner |= dict.fromkeys(people, people)
         records = {owner.get(person) for person in people}
@@ -186,6 +204,20 @@ def _by_subject(keys: Sequence[Keys], order: Sequence[int]) -> dict[Any, list[in
 
 def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
+
+
+def shared_units(privacy: PrivacyConfig, train: Sequence[Keys], other: Sequence[Keys]) -> list[str]:
+    """Units of `privacy.unit` that have clips in both, sorted; videos count whatever the unit."""
+
+    def of(keys: Sequence[Keys]) -> set[str]:
+        found = {f"video {key.video_id}" for key in keys}
+        if privacy.unit == "subject":
+            found |= {f"subject {subject}" for key in keys for subject in key.subject_ids}
+        if privacy.unit == "scene":
+            found |= {f"scene {key.scene_id}" for key in keys if key.scene_id}
+        return found
+
+    return sorted(of(train) & of(other))
 
 
 def contributions(keys: Sequence[Keys], records: Sequence[tuple[int, ...]]) -> dict[str, int | None]:

@@ -2,25 +2,30 @@
 
 import argparse
 import dataclasses
+import json
+import logging
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from rich.console import Console
 
 from maskdp import atomic
 from maskdp import config as config_files
 from maskdp.errors import UserError
-from maskdp_jax import checkpoint
+from maskdp_jax import checkpoint, run_folder
 
 
 def export(run: str | pathlib.Path, out: str | pathlib.Path) -> pathlib.Path:
     """Writes the trained model of `run` to the new folder `out`, in one step.
 
     Guarantees:
-        The export is a function of the released weights, of labels and config, and of the card. It holds neither the
-        run's secret or id, nor states of optimisers, nor metrics, nor a path of the machine it was trained on.
+        The bytes of the export are a function of the released weights, of labels and config, and of the card: equal
+        ones give equal exports, whatever the private layers, the time and the machine. It holds neither the run's
+        secret or id, nor states of optimisers, nor metrics, nor a path.
 
     Raises:
         UserError: `run` has not finished, or `out` exists.
@@ -31,15 +36,34 @@ def export(run: str | pathlib.Path, out: str | pathlib.Path) -> pathlib.Path:
     trained = checkpoint.load(run)
     if not trained.card:
         raise UserError(f"{run}: has no privacy card, expected a finished run")
-    config = checkpoint.read_config(run)
+    config = run_folder.read_config(run)
     bare = dataclasses.replace(config, out="-", init="", data=dataclasses.replace(config.data, path="-"))
     with atomic.folder(out) as aside:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save((aside / checkpoint.WEIGHTS).absolute(), jax.device_get(trained.weights))
-        atomic.write_text(aside / checkpoint.CONFIG, config_files.dump(bare))
-        atomic.write_json(aside / checkpoint.CARD, dict(trained.card))
-        atomic.write_json(aside / checkpoint.MODEL, {"labels": trained.labels, "data": trained.data})
+        write_weights(aside / checkpoint.WEIGHTS, trained.weights)
+        atomic.write_text(aside / run_folder.CONFIG, config_files.dump(bare))
+        atomic.write_json(aside / run_folder.CARD, dict(trained.card))
+        atomic.write_json(aside / checkpoint.MODEL, {"labels": trained.labels, "dataset": trained.dataset})
     return out
+
+
+def write_weights(path: pathlib.Path, weights: Any) -> None:
+    """Writes weights as an Orbax checkpoint whose bytes depend on them alone.
+
+    One file an array (OCDBT draws random file names), without the times and the path that Orbax records.
+    """
+    weights = jax.tree.map(np.asarray, jax.device_get(weights))
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)  # Orbax warns that there is nothing to merge without OCDBT
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+            checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(weights))
+    finally:
+        log.setLevel(level)
+    (path / "commit_success.txt").unlink(missing_ok=True)
+    metadata = path / "_CHECKPOINT_METADATA"
+    known = json.loads(metadata.read_text())
+    metadata.write_text(json.dumps({key: value for key, value in known.items() if "timestamp" not in key}))
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import dp_accounting
 import numpy as np
@@ -27,10 +27,12 @@ from maskdp_jax.noise import support_delta
 Objective = Literal["maskdp", "maskdp_residual", "maskdp_two_step", "dp_sgd", "public_only", "sgd"]
 Adjacency = Literal["zero_out", "replace", "remove"]
 Sampling = Literal["independent", "shared_poisson", "shared_epochs"]
+Unit = Literal["video", "subject", "scene"]
 
 OBJECTIVES = ("maskdp", "maskdp_residual", "maskdp_two_step", "dp_sgd", "public_only", "sgd")
 ADJACENCIES = ("zero_out", "replace", "remove")
 SAMPLINGS = ("independent", "shared_poisson", "shared_epochs")
+UNITS = ("video", "subject", "scene")
 MASKED = ("maskdp", "maskdp_residual", "maskdp_two_step")
 
 _Relation = dp_accounting.NeighboringRelation
@@ -93,6 +95,8 @@ class Mechanism:
             so many that no batch of the run overflows but with probability 1e-24.
         public_batch: size of the public batch under `independent`; `batch_size` by default.
         exact: the release is made in integers (`lattice.Lattice`), not in floating point.
+        unit: what one record is: `video`, `subject` or `scene`.
+        dataset: random id of the dataset that the records are of; empty for a plan.
 
     Raises:
         UserError: a combination that has no meaning or no proof.
@@ -109,11 +113,14 @@ class Mechanism:
     max_batch: int | None = None
     public_batch: int | None = None
     exact: bool = False
+    unit: Unit = "video"
+    dataset: str = ""
 
     def __post_init__(self):
         config.one_of(self, "objective", OBJECTIVES)
         config.one_of(self, "adjacency", ADJACENCIES)
         config.one_of(self, "sampling", SAMPLINGS)
+        config.one_of(self, "unit", UNITS)
         config.positive(self, "num_units", "batch_size", "steps", "l2_clip_norm")
         for name, most in _MOST.items():
             if getattr(self, name) > most:
@@ -141,6 +148,10 @@ class Mechanism:
                 raise UserError(f"Mechanism.public_batch: {self.objective} has no public batch, expected none")
             if self.objective in MASKED and self.sampling != "independent":
                 raise UserError(f"Mechanism.public_batch: {self.sampling} takes the private batch, expected none")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, of which `Mechanism(**values)` makes an equal mechanism; they survive JSON exactly."""
+        return dataclasses.asdict(self)
 
     @property
     def sampling_prob(self) -> float:
@@ -525,10 +536,12 @@ def compose(mechanisms: Sequence[Mechanism], delta: float) -> Epsilon:
         part of `delta`. A run without noise on private data makes it infinite; one that reads none costs nothing.
 
     Raises:
-        UserError: the runs differ in adjacency or in the number of records, so that no one claim speaks of all.
+        UserError: the runs differ in dataset, unit, adjacency or number of records, so that no one claim speaks of all.
     """
-    if len({(m.adjacency, m.num_units) for m in mechanisms}) > 1:
-        raise UserError("compose: the runs differ in adjacency or in the number of records; they share no claim")
+    for name in ("dataset", "unit", "adjacency", "num_units"):
+        found = sorted({str(getattr(m, name)) for m in mechanisms})
+        if len(found) > 1:
+            raise UserError(f"compose: the runs differ in {name} ({', '.join(found)}) and share no claim")
     costly = [m for m in mechanisms if m.sensitivity > 0]
     words = "; ".join(m._words() for m in costly) or "no access to private layers"
     if any(m.sensitivity == math.inf or m.noise_multiplier == 0 for m in costly):

@@ -1,12 +1,9 @@
 """`maskdp train`: one run, from shards to a checkpoint with a privacy card. Reads top to bottom like the algorithm."""
 
-import dataclasses
-import importlib.metadata
 import json
 import pathlib
 import sys
 import time
-import uuid
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -18,17 +15,16 @@ from maskdp import atomic, layers, progress
 from maskdp import config as config_files
 from maskdp.errors import UserError
 from maskdp_jax import card as cards
-from maskdp_jax import checkpoint, parallel
+from maskdp_jax import checkpoint, ledger, lineage, parallel, run_folder
+from maskdp_jax import environment as environments
 from maskdp_jax.config import TrainConfig
-from maskdp_jax.data import Clips, Views, contributions, stream, units
+from maskdp_jax.data import Clips, Views, contributions, shared_units, stream, units
 from maskdp_jax.evaluate import Evaluator
-from maskdp_jax.keys import RunSecret
 from maskdp_jax.mechanism import Mechanism, calibrate, upward
 from maskdp_jax.model import Network, Params, fits
 from maskdp_jax.objectives import Objective
 from maskdp_jax.step import Optimizers, StepBatch, make_step
 
-SECRET, RESULT, METRICS = "run.secret", "result.json", "metrics.jsonl"
 _NOT_PRIVATE = "raw_* and accuracy_* are computed on private data without noise: keep this file with the data"
 
 
@@ -51,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     parallel.join()
     folder = train(config)
     if jax.process_index() == 0:
-        result = json.loads((folder / RESULT).read_text())
+        result = json.loads((folder / run_folder.RESULT).read_text())
         shares = ", ".join(f"{100 * value:.1f} % on the {view}" for view, value in result["accuracy"].items())
         sys.stdout.write(f"{folder}: {config.objective.name}, {_claim(folder)}; accuracy {shares or 'not measured'}\n")
     return 0
@@ -63,13 +59,21 @@ def train(config: TrainConfig, rehearsal: Rehearsal | None = None) -> pathlib.Pa
     `rehearsal` is given by `maskdp audit` alone.
 
     Guarantees:
-        The weights of every step, hence all checkpoints, keep to the ε of the card. A run that was cut off repeats the
-        steps since its last checkpoint with the same keys, bit for bit, which releases nothing new; where that cannot
-        be (other config, data, devices or versions) it is refused.
+        The weights of every step, hence all checkpoints, keep to the ε of the card. The mechanism is stored before the
+        first step and never computed again; the run is entered in the dataset's ledger before the first step. A run
+        that was cut off repeats the steps since its last checkpoint with the same keys, bit for bit, which releases
+        nothing new; where that cannot be (other config, data, devices, versions or code) it is refused.
+        Card and result name the dataset by its random id; no hash of its contents leaves `run.json`.
 
     Raises:
         UserError: config, dataset and run folder do not go together.
     """
+    folder = pathlib.Path(config.out)
+    if (folder / run_folder.RESULT).exists():
+        run_folder.refuse_other_config(folder, config)
+        run_folder.refuse_other_dataset(folder, layers.Dataset(config.data.path).id)
+        return folder
+
     # ---- Data: clips → records of the privacy unit.
     dataset = layers.Dataset(config.data.path)
     context = dataset.metadata.get("context")
@@ -79,37 +83,34 @@ def train(config: TrainConfig, rehearsal: Rehearsal | None = None) -> pathlib.Pa
             "the private layer holds; expected objective.type sgd, or dp_sgd with privacy.adjacency remove"
         )
     clips = Clips(dataset, config.data.split, config.data)
-    eval_clips = _eval_clips(config, dataset) if config.data.eval_split else None
+    eval_clips = Clips(dataset, config.data.eval_split, config.data) if config.data.eval_split else None
     records = units(clips.keys, config.privacy)
     most_clips = max(map(len, records))
-    fingerprint = dataset.fingerprint()
+    contents = dataset.contents_tag()
 
     # ---- Model: from random weights or from those of a public run.
     network = Network(config.model, config.data.frames, config.data.size, len(clips.labels), config.seed)
     objective = Objective.from_config(network, config.objective)
     if rehearsal:
         objective = rehearsal.objective(objective)
-    params, init = _start_weights(config, network, clips.labels, fingerprint) if config.init else (network.init, None)
+    start = checkpoint.load(config.init) if config.init else None
+    params = fits(start.params, network.init, head=start.labels == clips.labels) if start else network.init
     layout = parallel.Layout(config.parallel)
     state = layout.replicate(checkpoint.start_state(config, objective, params))
 
-    # ---- Privacy: one object for batches and ε; one secret behind every draw, bound to this run.
-    mechanism = make_mechanism(config, len(records))
-    about = {
-        "config": config_files.fingerprint(dataclasses.replace(config, out="-")),
-        "data": fingerprint,
-        "labels": clips.labels,
-        "devices": f"{layout.mesh.size} {jax.devices()[0].platform} in {jax.process_count()} processes",
-        "versions": versions(),
-    }
-    folder = pathlib.Path(config.out)
-    if jax.process_index() == 0:
-        _open_folder(folder, config, about)
+    # ---- Privacy: one object for batches and ε, stored at the start; one secret behind every draw.
+    plan = plan_mechanism(config, len(records), dataset.id)
+    environment = environments.describe(layout.mesh.size)
+    if jax.process_index() == 0 and not run_folder.started(folder):
+        sources = _sources(config, start, clips, eval_clips, dataset.id)
+        run_folder.create(
+            folder, config, make_mechanism(config, len(records), dataset.id), clips.labels, contents, environment
+        )
+        lineage.write(folder, sources)
     _together("folder")
-    run_id = json.loads((folder / checkpoint.RUN).read_text())["run_id"]
-    secret = RunSecret.load(folder / SECRET, run_id, about["config"], fingerprint)
-    if (folder / RESULT).exists():
-        return folder
+    run_id, secret, mechanism = run_folder.open_again(folder, config, plan, contents, environment)
+    if jax.process_index() == 0:
+        ledger.charge(dataset, run_id, config.data.split, config.objective.delta, mechanism)
     checkpoints = checkpoint.Checkpoints(folder)
     if checkpoints.latest() is not None:
         state = checkpoints.restore(state, secret)
@@ -125,7 +126,7 @@ def train(config: TrainConfig, rehearsal: Rehearsal | None = None) -> pathlib.Pa
     watch = rehearsal.watch if rehearsal else None
     step = make_step(objective, mechanism, Optimizers.from_config(config), layout, watch)
     evaluator = Evaluator(objective, eval_clips) if eval_clips else None
-    metrics = _Metrics(folder / METRICS, first)
+    metrics = _Metrics(folder / run_folder.METRICS, first)
     began = time.monotonic()
     with progress.bar(f"train {objective.name}", mechanism.steps, "steps") as advance:
         advance(first)
@@ -151,36 +152,39 @@ def train(config: TrainConfig, rehearsal: Rehearsal | None = None) -> pathlib.Pa
         accuracy = _accuracies(evaluator, state) if evaluator else {}
         metrics.write(mechanism.steps, **accuracy)
         metrics.flush()
+        used = sum(map(len, records))
         card = cards.make(
             config,
             mechanism,
             most=contributions(clips.keys, records),
-            clips=sum(map(len, records)),
-            data={"fingerprint": fingerprint, "context": context},
-            init=init,
+            clips=used,
+            left_out=len(clips) - used,
+            context=context,
+            start_weights=_origin(config, start),
+            eval_overlap=config.data.eval_on_protected_records and bool(eval_clips),
         )
-        atomic.write_json(folder / checkpoint.CARD, card)
+        atomic.write_json(folder / run_folder.CARD, card)
         atomic.write_json(
-            folder / RESULT,
+            folder / run_folder.RESULT,
             {
                 "accuracy": {name.removeprefix("accuracy_"): value for name, value in accuracy.items()},
                 "classes": len(clips.labels),
-                "data": fingerprint,
+                "dataset": dataset.id,
                 "eval_split": config.data.eval_split or None,
                 "steps": mechanism.steps,
                 "seconds": round(time.monotonic() - began, 1),
-                "versions": about["versions"],
+                "versions": environments.versions(),
             },
         )
     _together("end")
     return folder
 
 
-def make_mechanism(config: TrainConfig, num_units: int) -> Mechanism:
-    """The mechanism of a run over `num_units` records, its noise calibrated if the config names an ε."""
+def plan_mechanism(config: TrainConfig, num_units: int, dataset: str) -> Mechanism:
+    """The mechanism of a run over `num_units` records; its noise is 0 where the config names an ε."""
     objective, optim = config.objective, config.optim
     own_batch = objective.name == "public_only" or (objective.masked and config.privacy.sampling == "independent")
-    mechanism = Mechanism(
+    return Mechanism(
         num_units=num_units,
         batch_size=min(optim.batch, num_units),
         steps=optim.steps,
@@ -192,57 +196,87 @@ def make_mechanism(config: TrainConfig, num_units: int) -> Mechanism:
         public_batch=min(optim.public_batch, num_units) if own_batch else None,
         exact=objective.private
         and (objective.name == "maskdp" if config.privacy.exact is None else config.privacy.exact),
+        unit=config.privacy.unit,
+        dataset=dataset,
     )
+
+
+def make_mechanism(config: TrainConfig, num_units: int, dataset: str = "") -> Mechanism:
+    """The mechanism of a run over `num_units` records, with the least noise that keeps to ε if the config names one."""
+    plan = plan_mechanism(config, num_units, dataset)
+    objective = config.objective
     if objective.private and objective.epsilon is not None:
-        mechanism = calibrate(mechanism, objective.epsilon, objective.delta)
-    return mechanism
+        return calibrate(plan, objective.epsilon, objective.delta)
+    return plan
 
 
-def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
-    return {name: importlib.metadata.version(name) for name in ("maskdp", "jax", "flax", "optax", "dp-accounting")}
-
-
-def _open_folder(folder: pathlib.Path, config: TrainConfig, about: dict[str, Any]) -> None:
-    """Makes the run folder with its secret, or checks that the one there is of this very run."""
-    path = folder / checkpoint.RUN
-    if path.exists():
-        known = json.loads(path.read_text())
-        for name, value in about.items():
-            if known.get(name) != value:
-                raise UserError(f"{folder}: holds a run with other {name}; expected the same, or another folder as out")
-        return
-    if folder.exists() and any(folder.iterdir()):
-        if not (folder / SECRET).exists() or (folder / checkpoint.CHECKPOINTS).exists():
-            raise UserError(f"{folder}: not empty and not a run, expected a new folder as out")
-        (folder / SECRET).unlink()  # the run was cut off before its first line was written: nothing came of it
-    run_id = uuid.uuid4().hex
-    RunSecret.create(folder / SECRET, run_id, about["config"], about["data"])
-    atomic.write_text(folder / checkpoint.CONFIG, config_files.dump(config))
-    atomic.write_json(path, {"run_id": run_id, **about})
-
-
-def _start_weights(config: TrainConfig, network: Network, labels: list[str], fingerprint: str):
-    """Weights of the run or export `config.init`, and where they come from for the card.
-
-    They enter for free, so they must be a function of public data, and so must all the runs behind them.
+def _sources(
+    config: TrainConfig, start: checkpoint.Trained | None, clips: Clips, eval_clips: Clips | None, dataset: str
+) -> list[lineage.Source]:
+    """The sources behind the weights of a new run: itself, and those behind its start weights.
 
     Raises:
-        UserError: a run behind them was private, or read what this run protects: the clips of this very dataset, or
-            under `remove` also its avatars and labels.
+        UserError: the start weights or the evaluation records depend on records that this run protects.
     """
-    trained = checkpoint.load(config.init)
-    behind = trained.card.get("start_weights", {}).get("runs", [])
-    runs = [{"objective": trained.objective.name, "data": trained.data}, *behind]
-    for run in runs if config.objective.name != "sgd" else ():
-        if run["objective"] not in ("sgd", "public_only"):
-            raise UserError(f"init: {config.init} stems from a private {run['objective']} run, expected public data")
-        if run["data"] == fingerprint and (run["objective"] == "sgd" or config.privacy.adjacency == "remove"):
+    own = lineage.of_clips(config.objective.name, dataset, clips)
+    behind = _sources_behind(config, start, clips, dataset) if start else []
+    if config.objective.name == "sgd" or eval_clips is None or config.data.eval_on_protected_records:
+        return [own, *behind]
+    shared = shared_units(config.privacy, clips.keys, eval_clips.keys)
+    alike = lineage.overlap(own, eval_clips, public_too=False)["private layers"]
+    if shared or alike:
+        what = f"{len(shared)} units ({', '.join(shared[:3])} …)" if shared else f"{alike} equal private layers"
+        raise UserError(
+            f"data.eval_split: {config.data.eval_split} shares {what} with {config.data.split}, whose records are "
+            "protected; expected disjoint splits, or data.eval_on_protected_records for accuracies that no ε covers"
+        )
+    return [own, *behind]
+
+
+def _sources_behind(config: TrainConfig, start: checkpoint.Trained, clips: Clips, dataset: str) -> list[lineage.Source]:
+    """The sources behind start weights, which enter for free and so must be functions of public data.
+
+    Raises:
+        UserError: a run behind them was private, or read records that this run protects: private layers, and under
+            `remove` also public ones; or it cannot be told which records they read.
+    """
+    known = lineage.read(pathlib.Path(config.init))
+    if config.objective.name == "sgd":
+        return known or []
+    runs = _origin(config, start)["runs"]
+    for objective in (*(run["objective"] for run in runs), *(source.objective for source in known or ())):
+        if objective not in ("sgd", "public_only"):
+            raise UserError(f"init: {config.init} stems from a private {objective} run, expected public data")
+    public_too = config.privacy.adjacency == "remove"
+    for source in known or ():
+        if source.objective == "public_only" and not public_too:
+            continue
+        for kind, count in lineage.overlap(source, clips, public_too).items():
+            if count:
+                raise UserError(
+                    f"init: {config.init} was trained with {source.objective} on records protected here: "
+                    f"{count} equal {kind} in {config.data.split}; expected public data"
+                )
+    for run in runs if known is None else ():
+        if run["objective"] == "public_only" and not public_too:
+            continue
+        if run["dataset"] == dataset:
+            raise UserError(f"init: {config.init} was trained on this very dataset, expected public data")
+        if config.init != checkpoint.STUDIO_NAME and not config.init_is_public:
             raise UserError(
-                f"init: {config.init} was trained with {run['objective']} on this very dataset, expected public data"
+                f"init: {config.init} does not say which records it was trained on; expected a run folder, or "
+                "init_is_public true if its data are public and hold no record protected here"
             )
-    params = fits(trained.params, network.init, head=trained.labels == labels)
-    return params, {"from": "runs on datasets taken as public", "runs": runs}
+    return known or []
+
+
+def _origin(config: TrainConfig, start: checkpoint.Trained | None) -> dict[str, Any]:
+    """Where the start weights come from, for the card."""
+    if start is None:
+        return {"from": "random", "runs": []}
+    behind = start.card.get("start_weights", {}).get("runs", [])
+    said = "runs that the user says are public" if config.init_is_public else "runs on public data"
+    return {"from": said, "runs": [{"objective": start.objective.name, "dataset": start.dataset}, *behind]}
 
 
 def _views(clips: Clips, records, layout: parallel.Layout, ids: np.ndarray, most_clips: int) -> Views | None:
@@ -251,10 +285,6 @@ def _views(clips: Clips, records, layout: parallel.Layout, ids: np.ndarray, most
     padded = np.full(layout.padded(len(ids)), -1, np.int32)
     padded[: len(ids)] = ids
     return clips.batch([records[i] if i >= 0 else None for i in layout.local(padded)], most_clips)
-
-
-def _eval_clips(config: TrainConfig, dataset: layers.Dataset) -> Clips:
-    return Clips(dataset, config.data.eval_split, config.data)
 
 
 def _accuracies(evaluator: Evaluator, state) -> dict[str, float]:
@@ -284,7 +314,7 @@ def _together(name: str) -> None:
 
 
 def _claim(folder: pathlib.Path) -> str:
-    card = json.loads((folder / checkpoint.CARD).read_text())
+    card = json.loads((folder / run_folder.CARD).read_text())
     return "no ε" if card["epsilon"] is None else f"ε = {upward(card['epsilon'], 4)} at δ = {card['delta']:g}"
 
 

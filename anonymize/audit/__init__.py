@@ -106,7 +106,7 @@ def main(arguments: Sequence[str]) -> int:
     findings = list(audit(arguments[0], settings))
     out = settings.out or str(dataset.path.parent / REPORT)
     report = {
-        "dataset": dataset.fingerprint(),
+        "dataset": dataset.contents_tag(),
         "settings": config.resolved(dataclasses.replace(settings, originals="", out="")),
         "findings": [dataclasses.asdict(finding) for finding in findings],
     }

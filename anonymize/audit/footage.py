@@ -45,7 +45,7 @@ class Archive:
 
     Attributes:
         dataset: the stored clips.
-        files: recordings by SHA-256.
+        files: recordings by `Record.source`.
         settings: those the dataset was made with.
     """
 
@@ -59,7 +59,7 @@ class Archive:
         settings = self.dataset.path.parent / "config.yaml"
         self.settings = config.parse(AnonymizeConfig, ["--config_path", str(settings)], "audit anonymization")
         found = (path for path in sorted(pathlib.Path(originals).rglob("*")) if path.suffix.lower() in EXTENSIONS)
-        self.files = {video.sha256(path): path for path in found}
+        self.files = {self.dataset.source_tag(video.sha256(path)): path for path in found}
         if not any(record.source in self.files for record in self.records()):
             raise UserError(f"--originals: {originals}: holds no recording of this dataset")
 

@@ -126,7 +126,7 @@ def evaluated(table: Sequence[Row], dataset) -> int | None:
     """Number of evaluation clips; None where `dataset` is not the one that the runs were trained on."""
     results = [run.result for row in table for run in row.runs]
     splits = {result["eval_split"] for result in results}
-    if dataset is None or len(splits) != 1 or {result["data"] for result in results} != {dataset.fingerprint()}:
+    if dataset is None or len(splits) != 1 or {result["dataset"] for result in results} != {dataset.id}:
         return None
     (split,) = splits
     return sum(record.label >= 0 for record in dataset[split]) if split else None
@@ -292,7 +292,7 @@ def table_notes(table: Sequence[Row]) -> list[str]:
         )
     if any(row.epsilon is None for row in table):
         notes.append("“no ε”: the run makes no differential-privacy claim.")
-    if any(row.objective == "public_only" and row.card["data"]["context"] == "none" for row in table):
+    if any(row.objective == "public_only" and row.card["dataset"]["context"] == "none" for row in table):
         notes.append("public_only needs no ε: it never reads the scene.")
     if sum(len(row.runs) for row in table if row.epsilon) > 1:
         notes.append("Each ε is the cost of one run. Publishing several runs costs their composition, which is more.")
@@ -310,11 +310,11 @@ def cards(table: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def provenance(table: Sequence[Row], dataset) -> list[tuple[str, str]]:
-    """Hashes and versions."""
-    trained = sorted({run.result["data"] for row in table for run in row.runs})
-    facts = [("trained on dataset", fingerprint) for fingerprint in trained]
-    if dataset is not None and [dataset.fingerprint()] != trained:
-        facts.append(("shown above", f"{dataset.fingerprint()}, not what all of the runs were trained on"))
+    """Random ids of datasets, and versions."""
+    trained = sorted({run.result["dataset"] for row in table for run in row.runs})
+    facts = [("trained on dataset", dataset_id) for dataset_id in trained]
+    if dataset is not None and [dataset.id] != trained:
+        facts.append(("shown above", f"{dataset.id}, not what all of the runs were trained on"))
     return facts + list(table[0].runs[0].result["versions"].items())
 
 

@@ -89,18 +89,20 @@ def filmstrip(
     return Filmstrip(name, tuple(panels), len(chosen), seconds, rgba.shape[2] / rgba.shape[1])
 
 
-def videos_by_hash(folders: Iterable[pathlib.Path], wanted: Sequence[str]) -> dict[str, pathlib.Path]:
-    """SHA-256 → file, for the video files under `folders` whose hash is among `wanted`."""
+def videos_by_source(
+    dataset: layers.Dataset, folder: str | pathlib.Path | None, records: Sequence[layers.Record]
+) -> dict[str, pathlib.Path]:
+    """`Record.source` → file, for the video files under `folder` that `records` were made from."""
     found: dict[str, pathlib.Path] = {}
-    for folder in folders:
-        for path in sorted(folder.rglob("*")):
-            if len(found) == len(set(wanted)):
-                return found
-            if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
-                with open(path, "rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                if digest in wanted:
-                    found[digest] = path
+    wanted = {record.source for record in records}
+    for path in sorted(pathlib.Path(folder).rglob("*")) if folder else ():
+        if len(found) == len(wanted):
+            break
+        if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
+            with open(path, "rb") as file:
+                source = dataset.source_tag(hashlib.file_digest(file, "sha256").hexdigest())
+            if source in wanted:
+                found[source] = path
     return found
 
 
@@ -122,7 +124,7 @@ def filmstrips(dataset: layers.Dataset, videos: str | pathlib.Path | None, count
     splits = sorted(dataset.splits, key=lambda name: name != "test")
     clips = (record for split in splits for record in dataset[split])
     records = varied((record for record in clips if clip_number(record) == 0), count)
-    found = videos_by_hash([pathlib.Path(videos)], [record.source for record in records]) if videos else {}
+    found = videos_by_source(dataset, videos, records)
     originals = [source_frames(found.get(record.source), record) for record in records]
     if any(original is None for original in originals):
         originals = [None] * len(records)

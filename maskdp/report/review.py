@@ -29,7 +29,7 @@ def is_dataset(path: str | pathlib.Path) -> bool:
     return (path / layers.SHARDS).is_dir() or (path / "dataset_info.json").exists()
 
 
-def read_audit(folder: pathlib.Path, fingerprint: str) -> tuple[list[dict[str, Any]], str]:
+def read_audit(folder: pathlib.Path, contents_tag: str) -> tuple[list[dict[str, Any]], str]:
     """The findings of the audit in `folder`, and what is to be said about them."""
     path = folder / AUDIT
     if not path.exists():
@@ -39,7 +39,7 @@ def read_audit(folder: pathlib.Path, fingerprint: str) -> tuple[list[dict[str, A
         findings, audited = audit["findings"], audit["dataset"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: cannot be read, expected what `maskdp audit anonymization` wrote") from None
-    if audited != fingerprint:
+    if audited != contents_tag:
         return [], "The audit found here is of another state of this dataset and is not shown."
     failed = sum(finding["holds"] is False for finding in findings)
     checked = sum(finding["holds"] is not None for finding in findings)
@@ -77,10 +77,9 @@ def sheet(record: layers.Record, original: np.ndarray | None) -> tuple[str, list
 def context(folder: str | pathlib.Path, videos: str | pathlib.Path | None, most: int) -> dict[str, Any]:
     """What `review.html` shows: the worst `most` clips by fit, first those without any."""
     dataset = layers.Dataset(folder)
-    fingerprint = dataset.fingerprint()
     manifest = anonymization.read(dataset.path.parent)
     known = {record["clip_id"]: record for record in manifest if record["status"] == "written"}
-    findings, word = read_audit(dataset.path.parent, fingerprint)
+    findings, word = read_audit(dataset.path.parent, dataset.contents_tag())
     marked = suspects(findings)
 
     def fit(entry: tuple[str, layers.Record]) -> float:
@@ -89,7 +88,7 @@ def context(folder: str | pathlib.Path, videos: str | pathlib.Path | None, most:
 
     entries = sorted(((split, record) for split in dataset.splits for record in dataset[split]), key=fit)
     shown = entries[:most]
-    found = pictures.videos_by_hash([pathlib.Path(videos)], [r.source for _, r in shown]) if videos else {}
+    found = pictures.videos_by_source(dataset, videos, [record for _, record in shown])
     clips = [
         _clip(split, record, dataset.labels, known.get(record.clip_id, {}), marked.get(record.clip_id), found)
         for split, record in shown
@@ -104,7 +103,7 @@ def context(folder: str | pathlib.Path, videos: str | pathlib.Path | None, most:
         "failed": any(finding["holds"] is False for finding in findings),
         "suspects": [clip for clip in clips if clip["suspect"]],
         "anonymization": anonymization.summary(manifest),
-        "fingerprint": fingerprint,
+        "dataset_id": dataset.id,
         "context": dataset.metadata.get("context"),
     }
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import pathlib
@@ -12,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from maskdp import config as config_files
 from maskdp.errors import UserError
 
 CONFIG = "config.yaml"
@@ -66,28 +66,18 @@ class Run:
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """The config flattened to dotted keys, without what runs of one configuration may differ in."""
-        flat = flatten(self.config)
+        flat = config_files.flatten(self.config)
         return {key: value for key, value in flat.items() if key not in NOT_SETTINGS}
 
     @property
     def settings_hash(self) -> str:
-        """Short hash that runs of one configuration share."""
-        return hashlib.sha256(json.dumps(self.settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
+        """Short hash that runs of one configuration share; the dataset counts by its id, not by where it lies."""
+        values = {**self.settings, "data.path": self.result["dataset"]}
+        return config_files.digest(values)[:12]
 
     def accuracy(self, view: str) -> float | None:
         """Final accuracy on `composite` or `public_view`, None where it was not measured."""
         return self.result.get("accuracy", {}).get(view)
-
-
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` → `{"a.b": 1}`."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def load(folder: str | pathlib.Path) -> Run:
@@ -107,6 +97,8 @@ def load(folder: str | pathlib.Path) -> Run:
         card, result = (json.loads((folder / name).read_text()) for name in (CARD, RESULT))
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"{folder}: cannot be read ({' '.join(str(error).split())})") from None
+    if "dataset" not in card or "dataset" not in result:
+        raise UserError(f"{folder}: of an older version, whose card is not to be released; expected a run made again")
     return Run(folder.resolve().name, config, card, result, tuple(_lines(folder / METRICS)))
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from maskdp import __version__, atomic, layers
 from maskdp.errors import UserError
-from maskdp_jax import checkpoint
+from maskdp_jax import checkpoint, run_folder
 from maskdp_jax.audit import bounds, canaries, claims, exports, law, membership, stored, terms
 from maskdp_jax.audit.findings import Finding
 from maskdp_jax.data import Clips, units
@@ -52,10 +52,10 @@ def audit_run(
     trained = checkpoint.load(folder)
     if not trained.card:
         raise UserError(f"{folder}: has no privacy card, expected a finished run")
-    config, card = checkpoint.read_config(folder), trained.card
+    config, card = run_folder.read_config(folder), trained.card
     yield from stored.secret_checks(folder)
     dataset = layers.Dataset(config.data.path)
-    same = dataset.fingerprint() == trained.data
+    same = dataset.contents_tag() == run_folder.read(folder)["contents"]
     yield Finding("the dataset is the one it was trained on", same, "it is" if same else "it is another")
     if not same:
         return
@@ -66,7 +66,7 @@ def audit_run(
             "an ε is stated only for noisy runs", not config.objective.private, f"{config.objective.name}: none"
         )
     else:
-        yield from claims.claims(config, card, count)
+        yield from claims.claims(config, card, count, dataset.id)
     yield from terms.terms(trained.objective, trained.weights, config, recorded, dataset)
     if config.data.eval_split in dataset.splits:
         yield membership.finding(trained, dataset, config.data.split, config.data.eval_split)
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str]) -> int:
     if min(given.steps, given.rehearsals) < 1:
         raise UserError("--steps, --rehearsals: expected numbers above 0")
     path = pathlib.Path(given.path)
-    if (path / checkpoint.RUN).exists():
+    if (path / run_folder.RUN).exists():
         found = audit_run(path, given.steps, given.rehearsals)
     elif (path / checkpoint.MODEL).exists():
         found = audit_export(path, given.data)
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str]) -> int:
             sys.stdout.flush()
         else:
             attacks += one
-    if (path / checkpoint.RUN).exists():
+    if (path / run_folder.RUN).exists():
         atomic.write_json(path / REPORT, report(findings, attacks))
     broken = sum(not finding.holds for finding in findings)
     sys.stdout.write(f"{path}: {len(findings)} checks, {broken or 'none'} failed\n")

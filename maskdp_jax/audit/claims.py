@@ -1,5 +1,6 @@
 """Where a run's ε comes from: card, mechanism and config agree, and a second account comes to no more."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,15 +12,15 @@ from scipy import stats
 from maskdp_jax.audit.findings import Finding
 from maskdp_jax.config import TrainConfig
 from maskdp_jax.mechanism import Mechanism, gaussian_delta
-from maskdp_jax.train import make_mechanism
+from maskdp_jax.train import plan_mechanism
 
 _Relation = dp_accounting.NeighboringRelation
 _TOLERANCE = 0.01  # of ε: the second account rounds up on a coarser grid
 _SWAPPED = {("dp_sgd", "zero_out"), ("maskdp_two_step", "zero_out")}  # besides all of `replace`: moves of 2C
 
 
-def claims(config: TrainConfig, card: Mapping[str, Any], num_units: int) -> Iterator[Finding]:
-    """Checks of the ε on a card."""
+def claims(config: TrainConfig, card: Mapping[str, Any], num_units: int, dataset: str) -> Iterator[Finding]:
+    """Checks of the ε on a card of a run on the dataset with the id `dataset`."""
     recorded = Mechanism(**card["mechanism"])
     own = recorded.epsilon(card["delta"]).value
     yield Finding(
@@ -28,7 +29,8 @@ def claims(config: TrainConfig, card: Mapping[str, Any], num_units: int) -> Iter
         f"ε = {own:.6g} by the account of the recorded mechanism",
         f"ε = {card['epsilon']:.6g}",
     )
-    from_config = make_mechanism(config, num_units)
+    plan = plan_mechanism(config, num_units, dataset)
+    from_config = dataclasses.replace(plan, noise_multiplier=plan.noise_multiplier or recorded.noise_multiplier)
     yield Finding(
         "the mechanism follows from the config and the dataset",
         from_config == recorded,

@@ -15,7 +15,7 @@ import tensorstore
 from maskdp import layers
 from maskdp_jax import checkpoint
 from maskdp_jax.audit.findings import Finding
-from maskdp_jax.train import SECRET
+from maskdp_jax.run_folder import SECRET
 
 _SHORTEST = 5  # letters of a user or host name from which on it is not found by chance
 
@@ -32,11 +32,12 @@ def secrets_of(run: pathlib.Path | None, dataset: layers.Dataset | None) -> dict
             with open(file, "rb") as opened:
                 digest = hashlib.file_digest(opened, "sha256").hexdigest()
             needles[f"SHA-256 of {file.name}"] = _hex_and_raw(digest)
-        needles["hash of the dataset"] = _hex_and_raw(dataset.fingerprint())
+        needles["the dataset's key"] = _hex_and_raw(dataset.identity.key.hex())
+        needles["keyed hash of the dataset"] = _hex_and_raw(dataset.contents_tag())
         for split in dataset.splits:
             for record in dataset[split]:
                 if record.source.strip("0"):
-                    needles.setdefault("SHA-256 of a recording", []).extend(_hex_and_raw(record.source))
+                    needles.setdefault("keyed hash of a recording", []).extend(_hex_and_raw(record.source))
     places = {run, dataset and dataset.path, pathlib.Path.cwd(), pathlib.Path.home(), pathlib.Path(os.sep) / "tmp"}
     needles["a path of this machine"] = [
         str(place.absolute()).encode() + tail

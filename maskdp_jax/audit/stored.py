@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from maskdp import layers, progress
 from maskdp.errors import UserError
 from maskdp_jax.audit.findings import Finding
-from maskdp_jax.train import SECRET
+from maskdp_jax.run_folder import SECRET
 
 
 def dataset_checks(dataset: layers.Dataset) -> Iterator[Finding]:

@@ -116,7 +116,7 @@ def test_bad_files_beside_a_good_one(tmp_path, capfd):
     assert "1 clips written, 1 quarantined, 5 files failed" in said.out
     assert "quarantined 1: no person found" in said.out
     dataset = layers.Dataset(out)
-    assert [clip.source for clip in dataset["train"]] == [video.sha256(good)]
+    assert [clip.source for clip in dataset["train"]] == [dataset.source_tag(video.sha256(good))]
     assert not list((out / "work").glob(".*"))  # nothing half written is left
     assert sorted(r["status"] for r in records(out)) == ["failed"] * 5 + ["quarantined", "written"]
     assert str(tmp_path) not in (out / "manifest.jsonl").read_text()
@@ -430,7 +430,7 @@ def test_a_killed_run_goes_on_to_the_same_shards_and_the_secret_stays_where_it_i
     assert not (broken / layers.SHARDS).exists()
     assert cli.main(["anonymize", str(films), "--out", str(broken), *SMALL]) == 0
     assert all(file.stat().st_mtime_ns == then for file, then in first.items())
-    assert layers.Dataset(broken).fingerprint() == layers.Dataset(whole).fingerprint()
+    assert layers.Dataset(broken).contents_tag() == layers.Dataset(whole).contents_tag()
     for file in whole.rglob("*"):
         if file.is_file() and file.name != "wardrobe.secret":
             data = file.read_bytes()
@@ -452,7 +452,7 @@ def same(out: pathlib.Path, whole: pathlib.Path) -> bool:
     """The same shards to the byte, the same clips in the manifest, and nothing half written beside them."""
     clips = [[{**r, "seconds": None} for r in records(folder)] for folder in (out, whole)]
     left = {file.name for file in out.rglob(".*")}
-    data = [layers.Dataset(folder).fingerprint() for folder in (out, whole)]
+    data = [layers.Dataset(folder).contents_tag() for folder in (out, whole)]
     return clips[0] == clips[1] and data[0] == data[1] and left == {".lock", command.WORKERS_LOCK}
 
 
@@ -530,7 +530,8 @@ def test_other_settings_or_another_file_are_not_taken_for_finished_work(films, t
     file.write_bytes((films / "walk" / "a.mp4").read_bytes())
     assert cli.main([*arguments, "--fit.steps", "5"]) == 0
     assert work.stat().st_mtime_ns > second
-    assert layers.Dataset(out)["train"][0].source == video.sha256(file)
+    dataset = layers.Dataset(out)
+    assert dataset["train"][0].source == dataset.source_tag(video.sha256(file))
 
 
 def test_two_runs_do_not_write_into_one_folder(films, tmp_path, capfd):

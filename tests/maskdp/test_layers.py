@@ -1,6 +1,10 @@
 """The two-layer contract: what is written is what is read, and what breaks the contract is refused."""
 
 import dataclasses
+import hashlib
+import json
+import shutil
+import stat
 import subprocess
 import sys
 
@@ -42,8 +46,9 @@ def test_public_layer_survives_byte_for_byte_and_private_nearly(folder):
         expected, clip = make_clip(index), read[f"v{index}-000"]
         np.testing.assert_array_equal(clip.rgba, expected.rgba)
         assert np.abs(clip.private.astype(int) - expected.private).max() <= 4
-        keys = ("label", "video_id", "scene_id", "subject_ids", "source", "fps")
+        keys = ("label", "video_id", "scene_id", "subject_ids", "fps")
         assert all(getattr(clip, key) == getattr(expected, key) for key in keys)
+        assert clip.source == dataset.source_tag(expected.source) != expected.source
 
 
 def test_chosen_frames_equal_those_of_the_whole_clip(folder):
@@ -112,13 +117,71 @@ def test_a_failed_write_leaves_the_old_dataset_and_no_rubbish(tmp_path):
     with pytest.raises(Exception, match="disk on fire"):
         layers.write_dataset(tmp_path, {"train": broken()}, ["wave", "clap"])
     assert [record.clip_id for record in layers.Dataset(tmp_path)["train"]] == ["v0-000"]
-    assert [path.name for path in tmp_path.iterdir()] == ["shards"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset.secret", "shards"]
 
 
-def test_fingerprint_follows_the_data(tmp_path):
-    write = lambda name, index: layers.write_dataset(tmp_path / name, {"train": [make_clip(index)]}, ["a", "b"])  # noqa: E731
-    prints = [layers.Dataset(write(name, index)).fingerprint() for name, index in (("x", 0), ("y", 0), ("z", 1))]
-    assert prints[0] == prints[1] != prints[2]
+def write_one(folder, index, **options) -> layers.Dataset:
+    return layers.Dataset(layers.write_dataset(folder, {"train": [make_clip(index)]}, ["a", "b"], **options))
+
+
+def test_contents_tag_follows_the_contents_under_one_key(tmp_path):
+    tags = [
+        write_one(tmp_path / name, index, key=key).contents_tag()
+        for name, index, key in (
+            ("x", 0, bytes(32)),
+            ("y", 0, bytes(32)),
+            ("z", 1, bytes(32)),
+            ("k", 0, bytes([1] * 32)),
+        )
+    ]
+    assert tags[0] == tags[1]
+    assert len(set(tags)) == 3
+
+
+def test_id_is_random_and_stays_as_long_as_the_contents(tmp_path):
+    first, elsewhere = write_one(tmp_path / "x", 0).id, write_one(tmp_path / "y", 0).id
+    assert first != elsewhere
+    assert write_one(tmp_path / "x", 0).id == first
+    noted = write_one(tmp_path / "x", 0, notes={"a": 1}).id
+    assert noted != first
+    assert write_one(tmp_path / "x", 1).id not in (first, noted)
+
+
+def test_a_copy_without_its_secret_keeps_its_id_and_gets_another_key(tmp_path):
+    dataset = write_one(tmp_path / "x", 0)
+    shutil.copytree(dataset.path, tmp_path / "copy" / "shards")
+    copy = layers.Dataset(tmp_path / "copy")
+    assert copy.id == dataset.id
+    assert copy.contents_tag() != dataset.contents_tag()
+
+
+def test_secret_of_another_version_is_refused(tmp_path):
+    dataset = write_one(tmp_path / "x", 0)
+    other = write_one(tmp_path / "y", 1)
+    shutil.copy(other.folder / "dataset.secret", dataset.folder / "dataset.secret")
+    with pytest.raises(UserError, match="not the secret of this version"):
+        layers.Dataset(tmp_path / "x").contents_tag()
+
+
+def test_dataset_secret_is_readable_by_its_owner_alone(tmp_path):
+    path = write_one(tmp_path / "x", 0).folder / "dataset.secret"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert json.loads(path.read_text())["key"] not in repr(layers.Dataset(tmp_path / "x").identity)
+    path.chmod(0o644)
+    with pytest.raises(UserError, match="mode 0644"):
+        layers.Dataset(tmp_path / "x").contents_tag()
+    path.chmod(0o600)
+    path.write_text("{}")
+    with pytest.raises(UserError, match="expected a 'maskdp dataset secret 1' file"):
+        layers.Dataset(tmp_path / "x").contents_tag()
+
+
+def test_no_hash_of_contents_or_recording_is_stored_with_the_shards(tmp_path):
+    dataset = write_one(tmp_path / "x", 5)
+    digests = [hashlib.sha256(file.read_bytes()) for file in dataset.path.iterdir()]
+    needles = [make_clip(5).source, *(digest.hexdigest() for digest in digests)]
+    stored = b"".join(file.read_bytes() for file in dataset.path.iterdir()) + dataset["train"]._source[0]
+    assert not any(needle.encode() in stored or bytes.fromhex(needle) in stored for needle in needles)
 
 
 def test_features_are_stored_in_the_order_of_their_names(folder):

@@ -73,14 +73,14 @@ def write_run(folder, objective, seed=0, epsilon=None, composite=0.5, public_vie
         "sampling": "independent",
         "event": "300 × Poisson(q=0.1, Gaussian(σ=2.68))",
         "most_records": {"person": 12, "place": 1, "video": 1},
-        "data": {"context": "none"},
+        "dataset": {"id": "0" * 32, "context": "none"},
         "not_covered": ["labels", "silhouette, pose and gait"],
     }
     (folder / runs.CARD).write_text(json.dumps(card))
     result = {
         "accuracy": {"composite": composite, "public_view": public_view},
         "classes": len(LABELS),
-        "data": "0" * 64,
+        "dataset": "0" * 32,
     }
     result |= {"versions": {"jax": "0.10"}, "eval_split": "test"}
     (folder / runs.RESULT).write_text(json.dumps(result))
@@ -254,15 +254,15 @@ def write_review(folder, tmp_path, overlaps=(0.9, 0.4, None), audit=None):
     records = [{"clip_id": f"v{i}-000", "status": "written", "iou": v, **figures} for i, v in enumerate(overlaps)]
     (data / anonymization.MANIFEST).write_text("".join(json.dumps(record) + "\n" for record in records))
     if audit:
-        (data / review.AUDIT).write_text(json.dumps(audit | {"dataset": audit["dataset"] or fingerprint(data)}))
+        (data / review.AUDIT).write_text(json.dumps(audit | {"dataset": audit["dataset"] or contents_tag(data)}))
     out = tmp_path / "review.html"
     arguments = [str(data), "--videos", str(folder / "videos"), "--out", str(out)]
     assert report.main(arguments) == 0
     return out.read_text()
 
 
-def fingerprint(data):
-    return layers.Dataset(data).fingerprint()
+def contents_tag(data):
+    return layers.Dataset(data).contents_tag()
 
 
 LEAK = {

@@ -1,10 +1,12 @@
+import dataclasses
 import json
 
 import pytest
 
+from maskdp import cli, layers
 from maskdp.errors import UserError
-from maskdp_jax import account
-from maskdp_jax.mechanism import Mechanism
+from maskdp_jax import account, ledger
+from maskdp_jax.mechanism import Epsilon, Mechanism, compose
 
 KEYS = {
     "noise_multiplier",
@@ -117,3 +119,47 @@ def test_mistakes_are_one_line_that_names_them(words, named):
         account.main(words.split())
     assert named in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.fixture
+def charged(toy, tmp_path):
+    """A dataset whose ledger holds two private runs, one of them of another unit, and one without noise."""
+    data = layers.Dataset(toy.write(tmp_path / "data", {"train": 4}))
+    one = Mechanism(100, 10, 5, noise_multiplier=1.0, dataset=data.id)
+    other = dataclasses.replace(one, unit="scene", num_units=7, batch_size=2)
+    for name, mechanism in (("r1", one), ("r2", one), ("r2", one), ("r3", other)):
+        ledger.charge(data, name, "train", 1e-5, mechanism)
+    ledger.charge(data, "r4", "train", 1e-5, dataclasses.replace(one, objective="sgd", noise_multiplier=0.0))
+    return data, one
+
+
+def test_ledger_prints_what_publishing_all_of_it_costs(charged, capsys):
+    data, one = charged
+    assert cli.main(["account", "--ledger", str(data.folder), "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["runs"], first["without_noise"], first["unit"]) == (2, 1, "video")
+    assert first["epsilon"] == pytest.approx(compose([one, one], 1e-5).value)
+    assert (second["runs"], second["unit"], second["records"]) == (1, "scene", 7)
+    assert cli.main(["account", "--ledger", str(data.folder)]) == 0
+    text = capsys.readouterr().out
+    assert "publishing all 2 private runs on split train costs ε = " in text
+    assert "must not be published" in text
+    assert "no single ε covers them together" in text
+
+
+def test_a_cut_last_line_of_the_ledger_is_passed_over_and_a_damaged_one_is_not(charged, capsys):
+    data, one = charged
+    path = data.folder / ledger.FILE
+    whole = path.read_text()
+    path.write_text(whole[:-20])
+    assert [entry.run for entry in ledger.read(data)] == ["r1", "r2", "r3"]
+    ledger.charge(data, "r5", "train", 1e-5, one)
+    assert [entry.run for entry in ledger.read(data)] == ["r1", "r2", "r3", "r5"]
+    path.write_text(whole.replace('"run": "r3"', '"walk": "r3"'))
+    assert cli.main(["account", "--ledger", str(data.folder)]) == 2
+    assert "line 3 is not an entry" in capsys.readouterr().err
+
+
+def test_ledger_epsilon_is_rounded_up():
+    for value in (0.12341, 0.9999, 1.0001, 33.333333):
+        assert float(ledger.epsilon_words(Epsilon(value, None, None, 1e-5, ""))) >= value

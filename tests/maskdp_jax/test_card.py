@@ -14,14 +14,15 @@ from maskdp_jax.train import make_mechanism
 def make(toy, tmp_path, objective="maskdp", context="none", most=None, **changes):
     words = toy.arguments(tmp_path, tmp_path, objective, **changes)
     config = config_files.parse(TrainConfig, words, "train")
-    mechanism = make_mechanism(config, 200)
+    mechanism = make_mechanism(config, 200, "0" * 32)
     return card.make(
         config,
         mechanism,
         most=most or {"person": 12, "place": 3, "video": 1},
         clips=400,
-        data={"fingerprint": "0" * 64, "context": context},
-        init=None,
+        left_out=0,
+        context=context,
+        start_weights={"from": "random"},
     )
 
 

@@ -130,3 +130,44 @@ def test_the_crop_keeps_what_lies_around_the_avatar():
     _, scene = data.cropped(rgba, private, 1.0)
     assert scene.shape[1] == 19
     np.testing.assert_array_equal(scene, private[:, 5:24, 25:44])
+
+
+def records_of(keys, **privacy):
+    """The records as sets of clip ids."""
+    return {
+        frozenset(keys[n].clip_id for n in record)
+        for record in data.units(keys, PrivacyConfig(unit="subject", **privacy))
+    }
+
+
+def random_clips(rng, clips=30, people=8):
+    return [
+        data.Keys(n, f"c{n}", 0, f"v{n}", "", tuple({f"p{p}" for p in rng.integers(people, size=rng.integers(1, 4))}))
+        for n in range(clips)
+    ]
+
+
+@pytest.mark.parametrize("most", [0, 2])
+def test_one_person_fewer_is_one_record_fewer_and_changes_no_other(most):
+    """Under `remove`; 50 random sets of clips, every person left out in turn."""
+    privacy = {"adjacency": "remove", "clips_per_record": most}
+    for seed in range(50):
+        keys = random_clips(np.random.default_rng(seed))
+        before = records_of(keys, **privacy)
+        for person in sorted({p for key in keys for p in key.subject_ids}):
+            if left := [key for key in keys if person not in key.subject_ids]:
+                after = records_of(left, **privacy)
+                assert after <= before
+                assert len(before - after) <= 1
+
+
+def test_the_assignment_with_clips_of_several_people_would_change_more():
+    """With the assignment of `zero_out` a person's absence also changes the records of others."""
+    worst = 0
+    for seed in range(50):
+        keys = random_clips(np.random.default_rng(seed))
+        before = records_of(keys, adjacency="zero_out")
+        for person in sorted({p for key in keys for p in key.subject_ids}):
+            left = [key for key in keys if person not in key.subject_ids]
+            worst = max(worst, len(before ^ records_of(left, adjacency="zero_out")))
+    assert worst > 1

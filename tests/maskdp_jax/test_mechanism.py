@@ -6,6 +6,7 @@ would have failed it.
 
 import dataclasses
 import itertools
+import json
 import math
 
 import dp_accounting
@@ -546,3 +547,18 @@ def test_runs_on_other_records_share_no_claim():
     one = Mechanism(400, 40, 30, noise_multiplier=2.0)
     with pytest.raises(UserError, match="share no claim"):
         compose([one, dataclasses.replace(one, num_units=500)], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [(dict(unit="subject"), "unit"), (dict(dataset="b"), "dataset"), (dict(num_units=101), "num_units")],
+)
+def test_runs_that_share_no_claim_are_not_added(change, name):
+    one = Mechanism(100, 10, 5, noise_multiplier=1.0, dataset="a")
+    with pytest.raises(UserError, match=f"differ in {name}"):
+        compose([one, dataclasses.replace(one, **change)], 1e-5)
+
+
+def test_a_mechanism_survives_json_exactly():
+    mechanism = Mechanism(101, 7, 5, noise_multiplier=1 / 3, l2_clip_norm=0.1, unit="scene", dataset="a")
+    assert Mechanism(**json.loads(json.dumps(mechanism.as_dict()))) == mechanism

@@ -1,0 +1,48 @@
+"""What a replayed step depends on besides config, data and secret: devices, versions, flags and our own code."""
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+import pathlib
+import platform
+
+import jax
+
+import maskdp
+
+PACKAGES = ("maskdp", "jax", "jaxlib", "flax", "optax", "numpy", "dp-accounting")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that figures depend on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def describe(devices: int) -> dict[str, str]:
+    """Name → value of everything that must be equal for a replayed step to be bit-identical.
+
+    Args:
+        devices: size of the mesh.
+    """
+    return {
+        "devices": f"{devices} × {jax.devices()[0].device_kind} in {jax.process_count()} processes",
+        "platform": f"{jax.devices()[0].platform} on {platform.machine()}",
+        "python": platform.python_version(),
+        **versions(),
+        "code": code_digest(),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        "LIBTPU_INIT_ARGS": os.environ.get("LIBTPU_INIT_ARGS", ""),
+        "jax_enable_x64": str(jax.config.jax_enable_x64),
+        "jax_default_matmul_precision": str(jax.config.jax_default_matmul_precision),
+    }
+
+
+@functools.cache
+def code_digest() -> str:
+    """SHA-256 of the Python files of `maskdp` and `maskdp_jax`, hex, 16 digits."""
+    total = hashlib.sha256()
+    for package in (pathlib.Path(maskdp.__file__).parent, pathlib.Path(__file__).parent):
+        for file in sorted(package.rglob("*.py")):
+            total.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
+    return total.hexdigest()[:16]
