@@ -1,22 +1,23 @@
 """Book-keeping: per-example gradients in factored form, read off the jaxpr, so that they need never be formed.
 
 A large per-example gradient is nearly always the last product of the backward pass, `G = Σ_t a_t ⊗ δ_t`, perhaps
-transposed or reshaped, perhaps added to others. `factored_vmap` traces the function of *one* example, finds those
+transposed or reshaped, perhaps added to others. `weighted_sum` traces the function of *one* example, finds those
 products and stops short of them: it keeps the factors `(a, δ)` of each large leaf, and the value of each small one.
 It then maps the shortened function over the examples with `jax.vmap`, so the example axis comes first by construction,
-whatever the sizes are. From the factors follow the norms and the weighted sum (`factors.py`).
+whatever the sizes are. From the factors follow the norms and the weighted sum (`factors.py`). An optimization barrier
+behind each kept array makes both read the same rounded values.
 
-Inside `scan` and `remat` the factors of one layer are alive only while that layer is at work; kept, they would undo
+Inside `scan` and `remat` the factors of one layer exist only while that layer is computed; kept, they would undo
 what remat saves. There the norms are taken inside the body, and the weighted sum needs a second pass, in which each
-body contracts its own factors over the examples.
+body contracts its own factors over the examples. Both passes are one compiled program, run twice, so that the factors
+of the second are those of the first to the bit.
 
 No layer is registered anywhere. What is not understood is kept as a value: slower, and always correct.
 """
 
 import dataclasses
-import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +38,12 @@ from maskdp_jax.factors import (
     Term,
     Value,
     bare,
-    squared_norm,
+    joint_norm,
+    measured,
+    norm_of_array,
+    paired,
+    summed,
+    zeros_like,
 )
 
 INLINED = frozenset({"jit", "pjit", "closed_call"})
@@ -48,25 +54,64 @@ REMAT = frozenset({"checkpoint", "remat", "remat2"})
 SMALL = 4096
 """Leaves of fewer entries than this are kept as values: forming them costs less than two contractions."""
 
+DEEPEST = 100
+"""Operations between a leaf and its products that are followed; longer chains of sums are kept as values."""
+
 
 # --- Reading a jaxpr ------------------------------------------------------------------------------------------------
+
+
+def refuse_collectives(closed: core.ClosedJaxpr) -> None:
+    """Raises ValueError if a function of one example reads others, on other devices."""
+    for eqn in _innermost(closed.jaxpr):
+        if eqn.primitive.name != "axis_index" and any(map(_is_collective, eqn.effects)):
+            axes = eqn.params.get("axes", eqn.params.get("axis_name"))
+            raise ValueError(
+                f"{eqn.primitive.name} over {axes} in a per-example function: it mixes records, so no clip norm would "
+                "bound what one of them adds. Take the collective of the clipped sum instead; parameters that are "
+                "closed over and differentiated must be arguments."
+            )
+
+
+def _innermost(jaxpr) -> Iterator[Any]:
+    """All equations that hold no others."""
+    for eqn in jaxpr.eqns:
+        inner = list(core.jaxprs_in_params(eqn.params))
+        if not inner:
+            yield eqn
+        for body in inner:
+            yield from _innermost(getattr(body, "jaxpr", body))
+
+
+def _is_collective(effect) -> bool:
+    return type(effect).__name__ == "NamedAxisEffect"
 
 
 class _Reader:
     """A jaxpr with its calls inlined, and the equation that made each variable."""
 
     def __init__(self, closed: core.ClosedJaxpr):
-        if closed.effects:
-            raise NotImplementedError(f"per-example function with effects {closed.effects}: they would be lost")
+        if effects := [effect for effect in closed.effects if not _is_collective(effect)]:
+            raise NotImplementedError(f"per-example function with effects {effects}: they would be lost")
         self.jaxpr = closed.jaxpr
         self.eqns: list[Any] = []
         self.constants = dict(zip(closed.jaxpr.constvars, closed.consts))
         self.same: dict[Any, Any] = {}
         self._inline(closed.jaxpr)
         self.made_by = {var: eqn for eqn in self.eqns for var in eqn.outvars}
-        self.outvars = [self.resolve(var) for var in closed.jaxpr.outvars]
+        self.outvars = [self._variable(self.resolve(var)) for var in closed.jaxpr.outvars]
         used = [atom for eqn in self.eqns for atom in eqn.invars] + self.outvars
         self._uses = Counter(atom for atom in used if not isinstance(atom, core.Literal))
+        self._terms: dict[Any, Term] = {}
+        self._depth = 0
+
+    def _variable(self, atom):
+        """A literal as a constant."""
+        if not isinstance(atom, core.Literal):
+            return atom
+        var = core.Var(atom.aval)
+        self.constants[var] = jnp.asarray(atom.val, atom.aval.dtype)
+        return var
 
     def resolve(self, atom):
         while not isinstance(atom, core.Literal) and atom in self.same:
@@ -92,15 +137,24 @@ class _Reader:
     def term(self, atom) -> Term:
         """What `atom` is made of, as far as it is understood."""
         atom = self.resolve(atom)
-        eqn = None if isinstance(atom, core.Literal) else self.made_by.get(atom)
+        if isinstance(atom, core.Literal) or self._depth > DEEPEST or not _is_real(atom):
+            return Value(atom)
+        if atom not in self._terms:
+            self._depth += 1
+            self._terms[atom] = self._read(atom)
+            self._depth -= 1
+        return self._terms[atom]
+
+    def _read(self, atom) -> Term:
+        eqn = self.made_by.get(atom)
         if eqn is None:
             return Value(atom)
         name, params = eqn.primitive.name, eqn.params
         match name:
-            case "dot_general":
+            case "dot_general" if all(_is_real(operand) and operand.aval.shape for operand in eqn.invars):
                 return Product(*eqn.invars, params["dimension_numbers"])
             case "conv_general_dilated" if params["feature_group_count"] == params["batch_group_count"] == 1:
-                return Convolved(*eqn.invars, eqn)
+                return Convolved(*eqn.invars, eqn) if all(map(_is_real, eqn.invars)) else Value(atom)
             case "scatter-add" if self._adds_rows(eqn):
                 return Scattered(*eqn.invars[1:], eqn)
             case "mul" | "div":
@@ -114,24 +168,33 @@ class _Reader:
             if inner.factored and (not _enclosed(inner) or self._uses[atom] == 1):
                 return Linear(eqn, (inner,))
         if name in SUMS and all(operand.aval.shape for operand in eqn.invars):
-            parts = [self.term(operand) for operand in eqn.invars]
-            if name == "reduce_sum" and isinstance(parts[0], Product):
-                contracted = parts[0].with_batch_contracted(params["axes"])
-                return contracted or Linear(eqn, tuple(parts))
-            parts = [Value(self.resolve(a)) if _enclosed(part) else part for a, part in zip(eqn.invars, parts)]
-            if any(part.factored for part in parts):
-                return Linear(eqn, tuple(parts))
+            return self._sum(eqn) or Value(atom)
         return Value(atom)
+
+    def _sum(self, eqn) -> Term | None:
+        """The term of one of SUMS; None if there is nothing to leave undone."""
+        parts = [self.term(operand) for operand in eqn.invars]
+        if eqn.primitive.name == "reduce_sum" and isinstance(parts[0], Product):
+            contracted = parts[0].with_batch_contracted(eqn.params["axes"])
+            return contracted or Linear(eqn, tuple(parts))
+        parts = [Value(self.resolve(a)) if _enclosed(part) else part for a, part in zip(eqn.invars, parts)]
+        if any(isinstance(part, Value) and isinstance(part.var, core.Literal) for part in parts):
+            return None
+        if len(parts) == 2 and (pair := paired(*parts, -1.0 if eqn.primitive.name == "sub" else 1.0)):
+            return pair
+        return Linear(eqn, tuple(parts)) if any(part.factored for part in parts) else None
 
     def _scaled_term(self, eqn) -> Scaled | None:
         """A factored term times (or over) a number or a scalar; None if `eqn` is anything else."""
         for inner, other in (eqn.invars, eqn.invars[::-1]):
-            scalar, term = self._scalar(other), self.term(inner)
-            if scalar is None or not term.factored or _enclosed(term):
+            if (scalar := self._scalar(other)) is None:
+                continue
+            term = self.term(inner)
+            if not term.factored or _enclosed(term):
                 continue
             if eqn.primitive.name == "mul":
                 return Scaled(term, scalar)
-            if isinstance(scalar, float) and other is eqn.invars[1]:
+            if isinstance(scalar, float) and scalar and other is eqn.invars[1]:
                 return Scaled(term, 1.0 / scalar)
         return None
 
@@ -139,53 +202,55 @@ class _Reader:
         """The number or scalar variable that `atom` is, or is a broadcast of; None if it is neither."""
         atom = self.resolve(atom)
         if isinstance(atom, core.Literal):
-            return float(atom.val) if atom.aval.shape == () else None
+            return float(atom.val) if atom.aval.shape == () and _is_real(atom) else None
         if atom.aval.shape == ():
-            return atom
+            return atom if _is_real(atom) else None
         eqn = self.made_by.get(atom)
-        if eqn is not None and eqn.primitive.name in ("broadcast_in_dim", "convert_element_type"):
+        if eqn is not None and (eqn.primitive.name == "broadcast_in_dim" or _widens(eqn)):
             return self._scalar(eqn.invars[0])
         return None
 
     def _keeps_norm(self, eqn) -> bool:
         if eqn.primitive.name == "pad":
             return self._scalar(eqn.invars[1]) == 0.0 and min(min(edges) for edges in eqn.params["padding_config"]) >= 0
-        return eqn.invars[0].aval.size == eqn.outvars[0].aval.size
+        return eqn.invars[0].aval.size == eqn.outvars[0].aval.size and _is_real(eqn.invars[0])
 
     def _adds_rows(self, eqn) -> bool:
         numbers = eqn.params["dimension_numbers"]
         plain = not numbers.operand_batching_dims and not numbers.scatter_indices_batching_dims
         return plain and self._scalar(eqn.invars[0]) == 0.0
 
-    def work_inside(self, leaves: Mapping[Any, int], weights: Any = None) -> None:
-        """Rewrites the bodies that make the variables of `leaves`, so that each gives something else in its place.
+    def with_work_inside(self, leaves: Mapping[Any, int], phase: "_Phase") -> tuple[list[Any], dict[Any, tuple]]:
+        """The equations, with other bodies where they make the variables of `leaves` (variable: number of the leaf).
 
-        That is the squared norm (of each step), or with `weights`, a variable that holds one for each leaf, the
-        gradient times weight `leaves[var]`, summed over the examples.
+        In place of each variable these give three, which are returned too: the norm, whether positions cancel (both of
+        each step), and the sum over the examples with the weights in `phase`.
         """
-        for position, eqn in enumerate(self.eqns):
+        eqns, made = list(self.eqns), {}
+        for position, eqn in enumerate(eqns):
             inside = {i: leaves[var] for i, var in enumerate(eqn.outvars) if var in leaves}
             if not inside:
                 continue
             body = eqn.params["jaxpr"]
             closed = body if isinstance(body, core.ClosedJaxpr) else core.ClosedJaxpr(body, ())
-            rewritten = _rewritten(closed, inside, weights)
-            outvars, stacked = list(eqn.outvars), eqn.primitive.name == "scan"
-            for i in inside:
-                made = rewritten.out_avals[i]
-                steps = (eqn.params["length"],) if stacked else ()
-                outvars[i] = self.same[eqn.outvars[i]] = core.Var(made.update(shape=(*steps, *made.shape)))
+            rewritten = _rewritten(closed, inside, phase)
+            stacked = eqn.primitive.name == "scan"
+            steps = (eqn.params["length"],) if stacked else ()
+            outvars = [core.Var(aval.update(shape=(*steps, *aval.shape))) for aval in rewritten.out_avals]
+            own, more = outvars[: len(eqn.outvars)], outvars[len(eqn.outvars) :]
+            made |= {eqn.outvars[i]: (own[i], more[k], more[len(inside) + k]) for k, i in enumerate(inside)}
+            outvars = [own[i] if i in inside else var for i, var in enumerate(eqn.outvars)] + more
             params = {**eqn.params, "jaxpr": rewritten if isinstance(body, core.ClosedJaxpr) else rewritten.jaxpr}
-            invars = eqn.invars if weights is None else [weights, *eqn.invars]
-            if stacked and weights is not None:
-                params["num_consts"] += 1
-                params |= {"linear": (False, *params["linear"])} if "linear" in params else {}
-            self.eqns[position] = eqn.replace(params=params, invars=invars, outvars=outvars)
+            if stacked:
+                params["num_consts"] += len(phase)
+                params |= {"linear": (*(False for _ in phase), *params["linear"])} if "linear" in params else {}
+            eqns[position] = eqn.replace(params=params, invars=[*phase, *eqn.invars], outvars=outvars)
+        return eqns, made
 
-    def shortened(self, outvars: Sequence[Any], more: Sequence[Any]) -> core.ClosedJaxpr:
+    def shortened(self, eqns: Sequence[Any], outvars: Sequence[Any], more: Sequence[Any]) -> core.ClosedJaxpr:
         """The jaxpr that computes just `outvars`, from its inputs and then those of `more`."""
         needed, wanted = [], set(outvars)
-        for eqn in reversed(self.eqns):
+        for eqn in reversed(eqns):
             if any(var in wanted for var in eqn.outvars):
                 needed.append(eqn)
                 wanted.update(atom for atom in eqn.invars if not isinstance(atom, core.Literal))
@@ -244,6 +309,18 @@ def _of_patches(eqn) -> core.ClosedJaxpr | None:
     return jax.make_jaxpr(product)(_like(lhs), _like(rhs))
 
 
+def _is_real(atom) -> bool:
+    return jnp.issubdtype(atom.aval.dtype, jnp.floating)
+
+
+def _widens(eqn) -> bool:
+    """Whether it is a conversion that keeps every value."""
+    if eqn.primitive.name != "convert_element_type" or not _is_real(eqn.invars[0]):
+        return False
+    before, after = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+    return jnp.promote_types(before, after) == after
+
+
 def _like(var) -> jax.ShapeDtypeStruct:
     """Stands for the value of `var` in a trace, inside `shard_map` too."""
     aval = var.aval
@@ -286,219 +363,248 @@ class Leaf:
     reason: str
     core: Bare | None = None
 
-    def squares(self, arrays: Mapping[Any, Array]) -> Float[Array, " b"]:
-        """`‖G_i‖²`, float32 or wider."""
-        if self.norm == "gram":
-            found = self.core.core.gram(arrays) * self.core.number**2
-            for scale in self.core.scales:
-                found = found * jnp.square(arrays[scale].astype(found.dtype))
-            return found
-        if self.norm == "inside":
-            squares = arrays[_enclosed(self.term)]
-            return jnp.sum(squares, range(1, squares.ndim))
-        return squared_norm(self.term, arrays, self.aval.size)
+    def norms(self, arrays: Mapping[Any, Array], skipped: Bool[Array, " b"]) -> tuple[Array, Bool[Array, ""]]:
+        """`‖G_i‖`, never less than the norm of what `sum` adds for the example; and whether positions cancel in any."""
+        if isinstance(self.term, Value):
+            return norm_of_array(arrays[self.term.var]), jnp.any(skipped & ~skipped)
+        return measured(self.term, arrays, self.aval.size, skipped, self.core)
+
+    def sum(self, arrays: Mapping[Any, Array], weights: Float[Array, " b"], cancels: Bool[Array, ""]) -> Array:
+        """`Σ_i weights_i G_i`, of what was measured."""
+        return summed(self.term, arrays, self.aval.size, weights, cancels)
+
+    def __str__(self) -> str:
+        return f"{self.norm}: {self.reason}"
 
 
 def _plan(reader: _Reader, var, small: int) -> Leaf:
     aval, size = var.aval, var.aval.size
-    if size < small:
+    if size < max(small, 1):
         return Leaf(Value(var), aval, "value", f"small ({size} entries)")
     term = reader.term(var)
     if not term.factored:
         made_by = reader.made_by.get(var)
         return Leaf(Value(var), aval, "value", f"made by {made_by.primitive.name if made_by else 'no operation'}")
     if _enclosed(term):
-        return Leaf(term, aval, "inside", "where its scan or remat is at work")
+        return Leaf(term, aval, "inside", "where its scan or remat is computed")
     if term.entries >= 2 * size:
         return Leaf(Value(var), aval, "value", f"its factors have {term.entries} entries, itself {size}")
     if (found := bare(term)) is None:
         return Leaf(term, aval, "form", "a convolution or a sum of unlike products")
     if found.core.gram_is_cheaper():
-        return Leaf(term, aval, "gram", f"{type(found.core).__name__.lower()} of {term.entries} entries", found)
+        name = type(found.core).__name__.lower()
+        return Leaf(term, aval, "gram", f"{name} of {term.entries} entries; formed where its positions cancel", found)
     return Leaf(term, aval, "form", "Gram matrices would cost more")
 
 
-def _evaluate(
-    reader: _Reader, leaves: Iterable[Leaf], others: Sequence[Any], args, weights: Array | None = None
-) -> dict[Any, Array]:
-    """The value of every variable that the leaves and the other outputs need, for one example.
+# The inputs that tell a rewritten body what to do: pass (0: norms, 1: sums) and whether positions cancel in each leaf,
+# the same for all examples; whether the norm of this example is of no interest, and its weight for each leaf.
+_Phase = tuple[Any, Any, Any, Any]
 
-    Of enclosed leaves it is what `work_inside` puts in their place; weight k is for leaf k.
+
+def _evaluate(reader: _Reader, leaves: Sequence[Leaf], others: Sequence[Any], args, phase: _Phase) -> tuple:
+    """For one example: `(arrays, norms, cancels, sums, others)`.
+
+    `arrays` has what the leaves are made of, the next three are of each enclosed leaf, by number.
     """
-    leaves = list(leaves)
     inside = {var: k for k, leaf in enumerate(leaves) if (var := _enclosed(leaf.term))}
-    weights_var = None if weights is None else core.Var(jax.typeof(weights))
-    reader.work_inside(inside, weights_var)
-    wanted = [atom for leaf in leaves for atom in leaf.term.kept] + list(others)
-    names = list(dict.fromkeys(atom for atom in wanted if not isinstance(atom, core.Literal)))
-    made = [reader.resolve(name) for name in names]
-    more = () if weights is None else (weights,)
-    jaxpr = reader.shortened(made, () if weights is None else (weights_var,))
-    return dict(zip(names, core.jaxpr_as_fun(jaxpr)(*args, *more)))
+    given = tuple(core.Var(jax.typeof(part)) for part in phase)
+    eqns, made = reader.with_work_inside(inside, given)
+    kept = [var for leaf in leaves if not _enclosed(leaf.term) for var in leaf.term.kept]
+    names = list(dict.fromkeys((*kept, *others, *(var for several in made.values() for var in several))))
+    jaxpr = reader.shortened(eqns, [reader.resolve(name) for name in names], given)
+    values = dict(zip(names, core.jaxpr_as_fun(jaxpr)(*args, *phase)))
+    norms = {k: joint_norm(jnp.ravel(values[made[var][0]])) for var, k in inside.items()}
+    cancels = {k: jnp.any(values[made[var][1]]) for var, k in inside.items()}
+    sums = {k: _moved(leaves[k].term, values[made[var][2]]) for var, k in inside.items()}
+    arrays = {name: values[name] for name in dict.fromkeys(kept)}
+    return arrays, norms, cancels, sums, [values[var] for var in others]
 
 
-def _rewritten(closed: core.ClosedJaxpr, inside: Mapping[int, int], weights: Any) -> core.ClosedJaxpr:
-    """`closed` with something else for each output in `inside`; see `_Reader.work_inside`."""
-    avals = [_like(var) for var in closed.jaxpr.invars]
+def _rewritten(closed: core.ClosedJaxpr, inside: Mapping[int, int], phase: _Phase) -> core.ClosedJaxpr:
+    """`closed` with something else for each output in `inside`; see `_Reader.with_work_inside`."""
 
-    def body(*args):
-        weight, args = (None, args) if weights is None else (args[0], args[1:])
+    def body(turn, cancels, skipped, weights, *args):
         reader = _Reader(closed)
         leaves = {i: _plan(reader, reader.outvars[i], 1) for i in inside}
-        others = [var for i, var in enumerate(reader.outvars) if i not in leaves]
-        own = None if weight is None else jnp.stack([weight[k] for k in inside.values()])
-        values = _evaluate(reader, leaves.values(), others, args, own)
-        outputs = [_read(var, values) if i not in leaves else None for i, var in enumerate(reader.outvars)]
-        for k, (i, leaf) in enumerate(leaves.items()):
-            if weight is None:
-                outputs[i] = leaf.squares({name: value[None] for name, value in values.items()})[0]
-            else:
-                outputs[i] = _summed(leaf.term, values, own[k])
-        return outputs
+        rest = [i for i in range(len(reader.outvars)) if i not in leaves]
+        weights, known = (jnp.stack([each[k] for k in inside.values()]) for each in (weights, cancels))
+        plans, own = list(leaves.values()), (turn, known, skipped, weights)
+        arrays, norms, cancels, sums, others = _evaluate(reader, plans, [reader.outvars[i] for i in rest], args, own)
+        for k, leaf in enumerate(plans):
+            if k not in norms:
+                norms[k], cancels[k], sums[k] = _one_of_two(leaf, arrays, turn, known[k], skipped, weights[k])
+        outputs = dict(zip(rest, others)) | {i: norms[k] for k, i in enumerate(leaves)}
+        more = (each[k] for each in (cancels, sums) for k in range(len(plans)))
+        return *(outputs[i] for i in range(len(reader.outvars))), *more
 
-    return jax.make_jaxpr(body)(*([] if weights is None else [_like(weights)]), *avals)
+    return jax.make_jaxpr(body)(*map(_like, phase), *(_like(var) for var in closed.jaxpr.invars))
 
 
-def _summed(term: Term, values: Mapping[Any, Array], weight: Array) -> Array:
-    """`weight · G` of one example; mapped over examples by `vmap` it is their sum, in one contraction."""
-    if _enclosed(term):
-        return _moved(term, values)
-    names = tuple(dict.fromkeys(term.kept))
+def _one_of_two(leaf: Leaf, arrays: Mapping[Any, Array], turn, known, skipped, weight) -> tuple[Array, Array, Array]:
+    """Of one example the norm, with whether positions cancel, and `weight·G`; in each pass one of them, the other 0.
+
+    Mapped over examples by `vmap`, the latter becomes their sum, in one contraction.
+    """
+    names = tuple(dict.fromkeys(leaf.term.kept))
 
     @jax.custom_batching.custom_vmap
-    def total(weight, *kept):
-        formed = term.form(dict(zip(names, kept)))
-        return formed * weight.astype(formed.dtype)
+    def both(turn, known, skipped, weight, *kept):
+        (norms, cancels), total = of_all(turn, known, skipped[None], weight[None], [array[None] for array in kept])
+        return norms[0], cancels, total
 
-    @total.def_vmap
-    def _(size, batched, weight, *kept):
-        weight, *kept = (
+    @both.def_vmap
+    def _(size, batched, turn, known, *rest):
+        skipped, weight, *kept = (
             array if mapped else jnp.broadcast_to(array, (size, *array.shape))
-            for array, mapped in zip((weight, *kept), batched)
+            for array, mapped in zip(rest, batched[2:])
         )
-        return term.contract(dict(zip(names, kept)), weight, weight == 0), False
+        (norms, cancels), total = of_all(turn, known, skipped, weight, kept)
+        return (norms, cancels, total), (True, False, False)
 
-    return total(weight, *(values[name] for name in names))
+    def of_all(turn, known, skipped, weights, kept):
+        arrays = dict(zip(names, map(jax.lax.optimization_barrier, kept)))
+        norms = lambda: leaf.norms(arrays, skipped)  # noqa: E731
+        total = lambda: leaf.sum(arrays, weights, known)  # noqa: E731
+        none = zeros_like(jax.eval_shape(lambda: (norms(), total())))
+        return jax.lax.cond(turn == 0, lambda: (norms(), none[1]), lambda: (none[0], total()))
+
+    return both(turn, known, skipped, weight, *(arrays[name] for name in names))
 
 
-def _moved(term: Term, values: Mapping[Any, Array]) -> Array:
-    """The moves of an enclosed term, applied to the sum that stands in the place of its variable."""
+def _moved(term: Term, total: Array) -> Array:
+    """The moves of an enclosed term, applied to the sum that takes the place of its variable."""
     match term:
-        case Enclosed(var):
-            return values[var]
+        case Enclosed():
+            return total
         case Linear(_, (inner,)):
-            return term.apply([_moved(inner, values)])
+            return term.apply([_moved(inner, total)])
     raise AssertionError(term)
 
 
-def _read(atom, values: Mapping[Any, Array]) -> Array:
-    return jnp.asarray(atom.val, atom.aval.dtype) if isinstance(atom, core.Literal) else values[atom]
+# --- Sums -----------------------------------------------------------------------------------------------------------
 
 
-# --- Gradients in factored form -------------------------------------------------------------------------------------
+def weighted_sum(
+    fun: Callable,
+    weigh: Callable[[PyTree], tuple[PyTree, PyTree]],
+    skipped: Bool[Array, " b"],
+    examples: Sequence[PyTree],
+    *,
+    form_all: bool = False,
+    spmd_axis_name: Any = None,
+) -> tuple[PyTree, PyTree, PyTree]:
+    """`Σ_i w_i G_i` of a function of one example, with weights that depend on the norms ‖G_i‖.
 
-
-class Factored:
-    """Per-example arrays `G_i`, the leaves of a pytree, kept in factored form. Made by `factored_vmap`.
-
-    Attributes:
-        leaves: what each is made of.
-        tree: the structure.
-    """
-
-    def __init__(self, leaves: list[Leaf], tree, arrays: dict[Any, Array], again: Callable | None):
-        self.leaves, self.tree, self._arrays, self._again = leaves, tree, arrays, again
-
-    def squared_norms(self) -> list[Float[Array, " b"]]:
-        """`‖G_i‖²` of each leaf, float32 or wider; by Gram matrices never less than that by rounding."""
-        return [leaf.squares(self._arrays) for leaf in self.leaves]
-
-    def weighted_sum(
-        self, weights: Sequence[Float[Array, " b"]], dropped: Bool[Array, " b"] | None = None
-    ) -> list[Array]:
-        """`Σ_i weights[k]_i G_i` of the first leaves k, one for each of `weights`, float32 or wider.
-
-        Args:
-            weights: for each leaf one weight an example; 0 where `dropped`.
-            dropped: examples that add exactly 0 whatever they hold; without it a weight of 0 takes an example out only
-                where it is finite.
-        """
-        leaves, arrays = self.leaves[: len(weights)], self._arrays
-        if any(_enclosed(leaf.term) for leaf in leaves):
-            leaves, arrays = self._again(jnp.stack(weights, 1))
-        return [
-            _moved(leaf.term, arrays) if _enclosed(leaf.term) else leaf.term.contract(arrays, weight, dropped)
-            for leaf, weight in zip(leaves, weights)
-        ]
-
-    def explain(self) -> PyTree:
-        """For each leaf one line: how its norm is taken, and why."""
-        return jax.tree.unflatten(self.tree, [f"{leaf.norm}: {leaf.reason}" for leaf in self.leaves])
-
-
-def factored_vmap(fun: Callable, *, spmd_axis_name: Any = None) -> Callable:
-    """`jax.vmap(fun)` whose first output stays factored.
+    Guarantees:
+        No example adds more than w_i times its norm as `weigh` was told it, but for rounding of the sum of them all.
+        An example of weight 0 adds exactly 0, whatever it holds.
 
     Args:
-        fun: maps the arguments of one example to `(tree, aux)`.
+        fun: maps the arguments of one example to `(G, aux)`, G a tree.
+        weigh: norms (b,) of the leaves, a tree like G -> weights, a tree like G, and whatever else is wanted.
+        skipped: examples whose weight will be 0.
+        examples: arguments of `fun`, the example axis first.
+        form_all: form every leaf.
         spmd_axis_name: of `jax.vmap`.
 
     Returns:
-        A function of the batched arguments that returns `(Factored, aux)`, `aux` with the example axis first.
+        The sums, float32 or wider; what else `weigh` returned; and `aux`, the example axis first.
 
     Raises:
+        ValueError: there is a collective in `fun`.
         NotImplementedError: `fun` has effects such as `jax.debug.print`, which a shortened function would lose.
     """
+    traced = _Traced(fun, examples, form_all, spmd_axis_name)
+    leaves = traced.leaves
+    dtype = jnp.result_type(jnp.float32, *(jnp.abs(jnp.zeros((), leaf.aval.dtype)).dtype for leaf in leaves))
 
-    def read(example):
-        closed, (tree, aux) = jax.make_jaxpr(fun, return_shape=True)(*example)
-        reader, (shapes, structure) = _Reader(closed), jax.tree.flatten(tree)
-        leaves = [_plan(reader, var, SMALL) for var in reader.outvars[: len(shapes)]]
-        return reader, leaves, structure, aux
+    def every(turn: int | Array, cancels: Bool[Array, " leaves"], weights: Float[Array, "b leaves"]):
+        """Of all examples: arrays; norms, cancellation and sums of enclosed leaves by number; aux."""
+        names: list[Any] = []
 
-    def mapped(*args):
-        plan: dict[str, Any] = {}
+        def one(turn, cancels, skipped, weights, example):
+            arrays, *inside, aux = traced.evaluate(example, (turn, cancels, skipped, weights))
+            names[:] = arrays
+            return list(arrays.values()), *inside, aux
 
-        def factors(*example):
-            reader, leaves, structure, aux = read(example)
-            others = reader.outvars[len(leaves) :]
-            values = _evaluate(reader, leaves, others, jax.tree.leaves(example))
-            plan["factors"] = leaves, structure, list(values)
-            outputs = [_read(var, values) for var in others]
-            return list(values.values()), jax.tree.unflatten(jax.tree.structure(aux), outputs)
+        mapped = jax.vmap(one, (None, None, 0, 0, 0), (0, 0, None, None, 0), spmd_axis_name=spmd_axis_name)
+        kept, *rest = mapped(jnp.asarray(turn), cancels, skipped, weights, examples)
+        return dict(zip(names, map(jax.lax.optimization_barrier, kept))), *rest
 
-        def sums(weights, *example):
-            reader, leaves, *_ = read(example)
-            leaves = leaves[: len(weights)]
-            values = _evaluate(reader, leaves, (), jax.tree.leaves(example), weights)
-            inside = {var for leaf in leaves if (var := _enclosed(leaf.term))}
-            plan["sums"] = (
-                leaves,
-                [var for var in values if var in inside],
-                [var for var in values if var not in inside],
+    def weighed(arrays, norms, cancels):
+        """Weights and cancellation of all leaves, and what else `weigh` returns."""
+        found = [(norms[k], cancels[k]) if k in norms else leaf.norms(arrays, skipped) for k, leaf in enumerate(leaves)]
+        weights, rest = weigh(jax.tree.unflatten(traced.structure, [norm for norm, _ in found]))
+        weights = [weight.astype(dtype) for weight in jax.tree.leaves(weights)]
+        return (jnp.stack(weights, 1), jnp.stack([known for _, known in found])) if found else none, rest
+
+    def totals(arrays, sums, weights, cancels):
+        return [sums[k] if k in sums else leaf.sum(arrays, weights[:, k], cancels[k]) for k, leaf in enumerate(leaves)]
+
+    none = jnp.zeros(len(leaves), dtype) * skipped[:, None], jnp.zeros(len(leaves), bool)
+    if not any(leaf.norm == "inside" for leaf in leaves):
+        arrays, *_, aux = every(0, none[1], none[0])
+        chosen, rest = weighed(arrays, {}, {})
+        return jax.tree.unflatten(traced.structure, totals(arrays, {}, *chosen)), rest, aux
+
+    def first():
+        arrays, norms, cancels, sums, aux = every(0, none[1], none[0])
+        chosen, rest = weighed(arrays, norms, cancels)
+        return chosen, rest, totals(arrays, sums, *chosen), aux
+
+    def again(turn, carried):
+        chosen, rest, sofar, _ = carried
+        arrays, norms, cancels, sums, aux = every(turn, chosen[1], chosen[0])
+        return *jax.lax.cond(
+            turn == 0,
+            lambda: (*weighed(arrays, norms, cancels), sofar),
+            lambda: (chosen, rest, totals(arrays, sums, *chosen)),
+        ), aux
+
+    _, rest, sums, aux = jax.lax.fori_loop(0, 2, again, zeros_like(jax.eval_shape(first)))
+    return jax.tree.unflatten(traced.structure, sums), rest, aux
+
+
+def explain(fun: Callable, examples: Sequence[PyTree], *, form_all: bool = False, spmd_axis_name: Any = None) -> PyTree:
+    """For each leaf of `weighted_sum` one line: how its norm is taken, and why. Nothing is computed."""
+    traced = _Traced(fun, examples, form_all, spmd_axis_name)
+    return jax.tree.unflatten(traced.structure, [str(leaf) for leaf in traced.leaves])
+
+
+class _Traced:
+    """A function of one example, traced once.
+
+    Attributes:
+        structure: of its first output.
+        leaves: what each leaf of that is made of.
+    """
+
+    def __init__(self, fun: Callable, examples: Sequence[PyTree], form_all: bool, spmd_axis_name: Any):
+        def trace(*example):
+            self._closed, (tree, aux) = jax.make_jaxpr(fun, return_shape=True)(*example)
+            self.structure, self._aux = jax.tree.structure(tree), jax.tree.structure(aux)
+
+        jax.eval_shape(jax.vmap(trace, spmd_axis_name=spmd_axis_name), *examples)
+        refuse_collectives(self._closed)
+        count = self.structure.num_leaves
+        if form_all:
+            self._reader = None
+            formed = [core.Var(var.aval) for var in self._closed.jaxpr.outvars[:count]]
+            self.leaves = [Leaf(Value(var), var.aval, "value", "asked for") for var in formed]
+        else:
+            self._reader = _Reader(self._closed)
+            self.leaves = [_plan(self._reader, var, SMALL) for var in self._reader.outvars[:count]]
+
+    def evaluate(self, example: Sequence[PyTree], phase: _Phase) -> tuple:
+        """`_evaluate` of all leaves, with aux as a tree."""
+        flat, count = jax.tree.leaves(example), len(self.leaves)
+        if self._reader:
+            *found, others = _evaluate(self._reader, self.leaves, self._reader.outvars[count:], flat, phase)
+        else:
+            values = core.jaxpr_as_fun(self._closed)(*flat)
+            found, others = (
+                ({leaf.term.var: value for leaf, value in zip(self.leaves, values)}, {}, {}, {}),
+                values[count:],
             )
-            return tuple([values[var] for var in names] for names in plan["sums"][1:])
-
-        def again(weights: Float[Array, "b leaves"]) -> tuple[list[Leaf], dict[Any, Array]]:
-            made = jax.vmap(sums, out_axes=(None, 0), spmd_axis_name=spmd_axis_name)(weights, *args)
-            leaves, *names = plan["sums"]
-            return leaves, dict(zip(itertools.chain(*names), itertools.chain(*made)))
-
-        arrays, aux = jax.vmap(factors, spmd_axis_name=spmd_axis_name)(*args)
-        leaves, structure, names = plan["factors"]
-        return Factored(leaves, structure, dict(zip(names, arrays)), again), aux
-
-    return mapped
-
-
-def formed_vmap(fun: Callable, *, spmd_axis_name: Any = None) -> Callable:
-    """`factored_vmap` that forms every leaf: `jax.vmap`, in the same clothes."""
-
-    def mapped(*args):
-        tree, aux = jax.vmap(fun, spmd_axis_name=spmd_axis_name)(*args)
-        arrays, structure = jax.tree.flatten(tree)
-        variables = [core.Var(jax.typeof(array).update(shape=array.shape[1:])) for array in arrays]
-        leaves = [Leaf(Value(var), var.aval, "value", "asked for") for var in variables]
-        return Factored(leaves, structure, dict(zip(variables, arrays)), None), aux
-
-    return mapped
+        return *found, jax.tree.unflatten(self._aux, others)

@@ -6,34 +6,56 @@ loss. Both have the call shape of `jax_privacy.clipping`'s functions of those na
 
 import dataclasses
 import functools
-import math
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax_privacy.clipping import AuxiliaryOutput, BoundedSensitivityCallable
+from dp_accounting import NeighboringRelation
 from jaxtyping import Array, Bool, Float, PyTree
 
-from maskdp_jax.bookkeeping import Factored, factored_vmap, formed_vmap
+from maskdp_jax import bookkeeping
+from maskdp_jax.factors import joint_norm, norm_of_array, zeros_like
 
 Method = Literal["auto", "bookkeeping", "vmap"]
 
 _ROUNDING = 5e-6  # float32 norms are good to about 1e-6; the margin keeps the true norm of a term within C
 
 
+class AuxiliaryOutput(NamedTuple):
+    """Per example, and not private: losses, norms of gradients before clipping, and the aux of the loss; or None."""
+
+    values: Any
+    grad_norms: Any
+    aux: Any
+
+
 @dataclasses.dataclass(frozen=True)
-class Clipped(BoundedSensitivityCallable):
-    """A clipped function.
+class Clipped:
+    """A clipped function, with the interface of `jax_privacy`'s `BoundedSensitivityCallable`.
 
     Attributes:
-        fun, l2_norm_bound, has_aux: of `jax_privacy`'s class, with its method `sensitivity`.
+        fun: the function that is called.
+        l2_norm_bound: the norm of what one example adds to the sum at most.
+        has_aux: whether `fun` returns more than the sum, as the second of a pair.
         explain: arguments -> tree like the first output, a line for each leaf: `value`, `gram`, `form` or `inside`, and
             why (`bookkeeping.Leaf`). Nothing is computed.
     """
 
+    fun: Callable[..., Any]
+    l2_norm_bound: Any
+    has_aux: bool
     explain: Callable[..., PyTree]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.fun(*args, **kwargs)
+
+    def sensitivity(self, neighboring_relation: NeighboringRelation = NeighboringRelation.REPLACE_SPECIAL) -> Any:
+        """L2 sensitivity of the sum: the bound; twice that where an example may be replaced by any other."""
+        if neighboring_relation not in NeighboringRelation:
+            raise ValueError(f"neighboring_relation: {neighboring_relation!r}, expected a NeighboringRelation")
+        return (2 if neighboring_relation == NeighboringRelation.REPLACE_ONE else 1) * self.l2_norm_bound
 
 
 def clipped_fun(
@@ -60,11 +82,14 @@ def clipped_fun(
 
     Guarantees:
         One example changes the sum by at most C (`l2_norm_bound`: C / normalize_by) if it is left out, padded or zero,
-        and by twice that if it is another. With a tree of clip norms, C is √Σ C_k². An example marked as padding, or
-        whose value holds a NaN, an infinity or a norm beyond its type, contributes exactly 0, chosen by `where`.
-        (`jax_privacy` 2.0 zeroes only the coordinates that are not finite.) Norms and sums are float32 or wider
-        whatever the types of `fun`, and their contractions take the highest precision; C is undershot by 5e-6 of its
-        size, so that rounding does not take a term beyond it.
+        and by twice that if it is another. With a tree of clip norms, C is √Σ C_k².
+        The norm is taken of exactly the array that is summed: same factors, same rounding, same rearrangement. So this
+        holds to 1e-5 at any scale of float32 and bfloat16, whatever cancels within a record, for sums of few examples;
+        a float32 sum of n terms rounds by up to n·6e-8·C more.
+        An example marked as padding, or whose value holds a NaN, an infinity or a norm beyond its type, contributes
+        exactly 0, chosen by `where`. (`jax_privacy` 2.0 zeroes only the coordinates that are not finite.) Norms and
+        sums are float32 or wider whatever the types of `fun`, and their contractions take the highest precision; C is
+        undershot by 5e-6 of its size, so that rounding does not take a term beyond it.
         Microbatches change rounding only. Inside `shard_map` the terms are clipped before any collective: arguments
         that are the same on all devices are made varying first, or their gradients would be summed over devices inside
         `grad`. Norms and aux are per example and not private.
@@ -80,12 +105,12 @@ def clipped_fun(
         return_norms: return the norms (b,) before clipping too; a tree of them for a tree of clip norms.
         microbatch_size: examples held at once; must divide their number. Those of padding alone are skipped.
         nan_safe: False lets what is not finite through.
-        dtype: of the sum; by default that of `fun`'s output.
+        dtype: of the sum; by default that of `fun`'s output, float32 at least. A narrower one voids the guarantee.
         prng_argnum: an argument that is a key, to be split over the examples. The key of an example then follows from
             its place in the batch: where a record must keep its randomness, pass keys as data.
         spmd_axis_name: of `jax.vmap`.
         method: `bookkeeping` keeps large leaves in factored form; `vmap` forms them all; `auto` is `bookkeeping`, but
-            for functions with effects such as `jax.debug.print`.
+            `vmap` for functions with effects such as `jax.debug.print`.
         automatic: γ of automatic clipping, w_i = C/(‖fun(example_i)‖ + γ) (arXiv 2206.07136).
 
     Returns:
@@ -93,7 +118,8 @@ def clipped_fun(
         `return_norms`: (sum, aux), (sum, norms) or (sum, (aux, norms)).
 
     Raises:
-        ValueError: C is negative, `normalize_by` or γ not above 0, or the microbatch does not divide the batch.
+        ValueError: C is negative, `normalize_by` or γ not above 0, the microbatch does not divide the batch, or there
+            is a collective in `fun`.
         NotImplementedError: `bookkeeping` of a function with effects.
         TypeError: when the clipped function is differentiated. Its clip weights are not meant to be.
     """
@@ -128,14 +154,15 @@ def clipped_fun(
 
         return one, (batched, kwargs), size, axes
 
-    def factor(one, examples) -> tuple[Factored, Any]:
+    def weighted_sum(one, weigh, padding, examples):
+        options = {"spmd_axis_name": spmd_axis_name}
         try:
             if method != "vmap":
-                return factored_vmap(one, spmd_axis_name=spmd_axis_name)(*examples)
+                return bookkeeping.weighted_sum(one, weigh, padding, examples, **options)
         except NotImplementedError:
             if method == "bookkeeping":
                 raise
-        return formed_vmap(one, spmd_axis_name=spmd_axis_name)(*examples)
+        return bookkeeping.weighted_sum(one, weigh, padding, examples, form_all=True, **options)
 
     def clipped_fn(*args, is_padding_example=None, **kwargs):
         one, examples, size, axes = split(args, kwargs)
@@ -143,18 +170,11 @@ def clipped_fun(
         padding = _varying_tree(padding, axes)
 
         def microbatch(padding, examples):
-            factored, aux = factor(one, examples)
-            weights, norms, finite = norms_of(factored, padding)
-            careful = functools.partial(factored.weighted_sum, weights, padding | ~finite)
-            if nan_safe:
-                sums = jax.lax.cond(jnp.all(finite), lambda: factored.weighted_sum(weights), careful)
-            else:
-                sums = factored.weighted_sum(weights)
-            sums = [total.astype(dtype or leaf.aval.dtype) for total, leaf in zip(sums, factored.leaves)]
-            return jax.tree.unflatten(factored.tree, sums), aux, norms
+            return weighted_sum(one, functools.partial(norms_of, padding), padding, examples)
 
-        total, aux, norms = _in_microbatches(microbatch, padding, examples, microbatch_size, axes)
-        total = _not_differentiable(jax.tree.map(lambda leaf: leaf / normalize_by, total))
+        total, norms, aux = _in_microbatches(microbatch, padding, examples, microbatch_size)
+        total = jax.tree.map(lambda leaf: (leaf / normalize_by).astype(dtype or leaf.dtype), total)
+        total = _not_differentiable(total)
         if keep_batch_dim:
             aux = jax.tree.map(lambda x: jnp.squeeze(x, 1) if x.ndim >= 2 and x.shape[1] == 1 else x, aux)
         match has_aux, return_norms:
@@ -168,9 +188,13 @@ def clipped_fun(
 
     def explain(*args, is_padding_example=None, **kwargs):
         one, examples, *_ = split(args, kwargs)
-        found = []
-        jax.eval_shape(lambda parts: found.append(factor(one, parts)[0].explain()), examples)
-        return found[0]
+        ways = functools.partial(bookkeeping.explain, one, examples, spmd_axis_name=spmd_axis_name)
+        try:
+            return ways(form_all=method == "vmap")
+        except NotImplementedError:
+            if method == "bookkeeping":
+                raise
+            return ways(form_all=True)
 
     return Clipped(clipped_fn, norms_of.bound / normalize_by, has_aux or return_norms, explain)
 
@@ -214,7 +238,11 @@ def clipped_grad(
 
     def grad_fn(*args, **kwargs):
         (value, aux), grad = gradient(*args, **kwargs)
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grad))) if transformed else None
+        norm = (
+            joint_norm(jnp.stack([norm_of_array(leaf[None])[0] for leaf in jax.tree.leaves(grad)]))
+            if transformed
+            else None
+        )
         return pre_clipping_transform(grad) if pre_clipping_transform else grad, (value, norm, aux)
 
     clipped = clipped_fun(
@@ -261,28 +289,23 @@ class _Norms:
     def bound(self) -> Any:
         """The norm of one clipped example at most."""
         clips = [1.0 if self.rescale else clip for clip in jax.tree.leaves(self.clip_norms)]
-        return clips[0] if len(clips) == 1 else math.sqrt(sum(clip**2 for clip in clips))
+        return clips[0] if len(clips) == 1 else sum(clip**2 for clip in clips) ** 0.5
 
-    def __call__(
-        self, factored: Factored, padding: Bool[Array, " b"]
-    ) -> tuple[list[Float[Array, " b"]], PyTree, Bool[Array, " b"]]:
-        """Clip weights of every leaf, norms like `clip_norms`, and which examples are finite."""
+    def __call__(self, padding: Bool[Array, " b"], found: PyTree) -> tuple[PyTree, PyTree]:
+        """From the norm of every leaf: clip weights of every leaf, and norms like `clip_norms`."""
         clips, structure = jax.tree.flatten(self.clip_norms)
-        groups = jax.tree.leaves(
-            jax.tree.broadcast(
-                jax.tree.unflatten(structure, range(len(clips))),
-                jax.tree.unflatten(factored.tree, [0] * len(factored.leaves)),
-            )
-        )
-        squares = [jnp.zeros(padding.shape, jnp.float32) for _ in clips]
-        for group, found in zip(groups, factored.squared_norms()):
-            squares[group] = squares[group] + found
-        finite = functools.reduce(jnp.logical_and, (jnp.isfinite(found) & (found >= 0) for found in squares))
-        counts = ~padding & finite if self.nan_safe else ~padding
-        norms = [jnp.sqrt(found) for found in squares]
-        weights = [jnp.where(counts, self._weight(norm, clip), 0) for norm, clip in zip(norms, clips)]
+        groups = jax.tree.leaves(jax.tree.broadcast(jax.tree.unflatten(structure, range(len(clips))), found))
+        parts = [[] for _ in clips]
+        for group, norm in zip(groups, jax.tree.leaves(found)):
+            parts[group].append(norm)
+        zero = jnp.zeros(padding.shape, jnp.float32) * padding
+        norms = [joint_norm(jnp.stack([zero, *part])) for part in parts]
+        finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, norms))
+        instead = 0 if self.nan_safe else jnp.nan
+        weights = [jnp.where(finite, self._weight(norm, clip), instead) for norm, clip in zip(norms, clips)]
+        weights = [jnp.where(padding, 0, weight) for weight in weights]
         norms = jax.tree.unflatten(structure, [norm.astype(jnp.float32) for norm in norms])
-        return [weights[group] for group in groups], norms, finite
+        return jax.tree.unflatten(jax.tree.structure(found), [weights[group] for group in groups]), norms
 
     def _weight(self, norm: Float[Array, " b"], clip: float | Array) -> Float[Array, " b"]:
         info = jnp.finfo(norm.dtype)
@@ -297,24 +320,23 @@ class _Norms:
 
 
 def _in_microbatches(
-    fun: Callable, padding: Bool[Array, " b"], examples: PyTree, size: int | None, axes: frozenset
+    fun: Callable, padding: Bool[Array, " b"], examples: PyTree, size: int | None
 ) -> tuple[PyTree, PyTree, PyTree]:
-    """`fun(padding, examples) -> (sum, aux, norms)` over microbatches of `size`, one after the other."""
+    """`fun(padding, examples) -> (sum, norms, aux)` over microbatches of `size`, one after the other."""
     total = len(padding)
     if size is None or size >= total:
         return fun(padding, examples)
     if size < 1 or total % size:
         raise ValueError(f"microbatch_size: {size} does not divide the batch of {total}")
     parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (padding, examples))
-    shapes = jax.eval_shape(fun, *jax.tree.map(lambda x: x[0], parts))
-    empty = _varying_tree(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), axes)
+    empty = zeros_like(jax.eval_shape(fun, *jax.tree.map(lambda x: x[0], parts)))
 
     def add(sums, part):
         more, *rows = jax.lax.cond(jnp.all(part[0]), lambda *_: empty, fun, *part)
         return jax.tree.map(jnp.add, sums, more), rows
 
-    sums, (aux, norms) = jax.lax.scan(add, empty[0], parts)
-    return sums, *jax.tree.map(lambda x: x.reshape(total, *x.shape[2:]), (aux, norms))
+    sums, rows = jax.lax.scan(add, empty[0], parts)
+    return sums, *jax.tree.map(lambda x: x.reshape(total, *x.shape[2:]), rows)
 
 
 @jax.custom_jvp

@@ -21,6 +21,14 @@ def normal(seed: int, *shape: int):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape) * 0.4)
 
 
+def weighted_sum(fun, weights, *examples, skipped=None):
+    """Norms of the leaves, their sums with the same weights for each, and aux."""
+    skipped = jnp.zeros(len(weights), bool) if skipped is None else skipped
+    weigh = lambda norms: (jax.tree.map(lambda _: weights, norms), norms)  # noqa: E731
+    sums, norms, aux = bookkeeping.weighted_sum(fun, weigh, skipped, examples)
+    return jax.tree.leaves(norms), jax.tree.leaves(sums), aux
+
+
 def cross_entropy(logits, label):
     return -jax.nn.log_softmax(logits)[label]
 
@@ -227,18 +235,18 @@ def test_norms_and_weighted_sum_equal_those_of_formed_gradients(name, size, posi
         def oracle(p):
             formed = jax.vmap(jax.grad(loss), (None, 0, 0))(p, x, y)
             squares = [jnp.sum(jnp.square(leaf), range(1, leaf.ndim)) for leaf in jax.tree.leaves(formed)]
-            return squares, jax.tree.map(lambda leaf: jnp.tensordot(weights, leaf, 1), formed)
+            return [jnp.sqrt(square) for square in squares], jax.tree.map(
+                lambda leaf: jnp.tensordot(weights, leaf, 1), formed
+            )
 
         @jax.jit
         def ours(p):
-            fun = bookkeeping.factored_vmap(lambda x, y: (jax.grad(loss)(p, x, y), loss(p, x, y)))
-            factored, values = fun(x, y)
-            return factored.squared_norms(), factored.weighted_sum([weights] * len(factored.leaves)), values
+            return weighted_sum(lambda x, y: (jax.grad(loss)(p, x, y), loss(p, x, y)), weights, x, y)
 
-        squares, total = oracle(params)
+        exact, total = oracle(params)
         norms, sums, values = ours(params)
         np.testing.assert_allclose(values, jax.vmap(lambda x, y: loss(params, x, y))(x, y), rtol=1e-9)
-        np.testing.assert_allclose(norms, squares, rtol=1e-9, atol=1e-18)
+        np.testing.assert_allclose(norms, exact, rtol=1e-9, atol=1e-9)
         for got, want in zip(sums, jax.tree.leaves(total), strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12 * np.abs(want).max(initial=0))
 
@@ -246,16 +254,8 @@ def test_norms_and_weighted_sum_equal_those_of_formed_gradients(name, size, posi
 def plan(name: str) -> dict[str, str]:
     """How each leaf of a model's gradient is treated; nothing is computed."""
     params, loss = MODELS[name]()
-    found = []
-
-    def trace(x, y):
-        factored, _ = bookkeeping.factored_vmap(lambda x, y: (jax.grad(loss)(params, x, y), ()))(x, y)
-        ways = jax.tree.leaves_with_path(factored.explain())
-        found.append({jax.tree_util.keystr(path): way for path, way in ways})
-        return factored.squared_norms()
-
-    jax.eval_shape(trace, *batch(2, 3))
-    return found[0]
+    ways = bookkeeping.explain(lambda x, y: (jax.grad(loss)(params, x, y), ()), batch(2, 3))
+    return {jax.tree_util.keystr(path): way for path, way in jax.tree.leaves_with_path(ways)}
 
 
 @pytest.mark.parametrize(
@@ -294,10 +294,10 @@ def test_close_views_do_not_cancel():
 
         @jax.jit
         def norms(p, x, other):
-            factored, _ = bookkeeping.factored_vmap(lambda *one: (difference(p, *one), ()))(x, other, y)
-            ways = jax.tree.leaves(factored.explain())
+            fun = lambda *one: (difference(p, *one), ())  # noqa: E731
+            ways = jax.tree.leaves(bookkeeping.explain(fun, (x, other, y)))
             assert any(way.startswith("gram: pair") for way in ways)
-            return sum(factored.squared_norms())
+            return jnp.linalg.norm(jnp.stack(weighted_sum(fun, jnp.ones(16), x, other, y)[0]), axis=0)
 
         exact = norms(params, x, other)
         single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, x, other))
@@ -313,8 +313,7 @@ def test_dropped_examples_contribute_exactly_nothing(name):
 
     @jax.jit
     def total(x):
-        factored, _ = bookkeeping.factored_vmap(lambda x, y: (jax.grad(loss)(params, x, y), ()))(x, y)
-        return factored.weighted_sum([weights] * len(factored.leaves), dropped)
+        return weighted_sum(lambda x, y: (jax.grad(loss)(params, x, y), ()), weights, x, y, skipped=dropped)[1]
 
     jax.tree.map(np.testing.assert_array_equal, total(x.at[1].set(jnp.nan).at[2, 0, 0].set(jnp.inf)), total(x))
 
@@ -325,16 +324,16 @@ def test_effects_are_refused_rather_than_lost():
         return jax.grad(lambda p: jnp.sum(x @ p))(normal(0, D, K)), ()
 
     with pytest.raises(NotImplementedError, match="effects"):
-        bookkeeping.factored_vmap(fun)(normal(1, 2, 3, D))
+        weighted_sum(fun, jnp.ones(2), normal(1, 2, 3, D))
 
 
 def test_low_precision_products_are_summed_in_float32():
     """A sum of 4096 equal bfloat16 gradients: float32 sums are right, bfloat16 ones stop growing at 256."""
     p, x = jnp.zeros((4, 4), jnp.bfloat16), jnp.ones((4096, 2, 4), jnp.bfloat16)
-    fun = bookkeeping.factored_vmap(lambda x: (jax.grad(lambda p: jnp.sum((x @ p).astype(jnp.float32)))(p), ()))
-    factored, _ = fun(x)
-    np.testing.assert_array_equal(factored.weighted_sum([jnp.ones(4096)])[0], np.full((4, 4), 8192))
-    assert factored.squared_norms()[0].dtype == jnp.float32
+    fun = lambda x: (jax.grad(lambda p: jnp.sum((x @ p).astype(jnp.float32)))(p), ())  # noqa: E731
+    norms, sums, _ = weighted_sum(fun, jnp.ones(4096), x)
+    np.testing.assert_array_equal(sums[0], np.full((4, 4), 8192))
+    assert norms[0].dtype == jnp.float32
 
 
 @pytest.mark.parametrize("mode", ["fill", "clip"])
@@ -343,10 +342,11 @@ def test_indices_outside_a_table_add_nothing(mode):
     table, tokens = normal(0, 6, K), jnp.array([[1, 1, 17], [5, 9, 9]])
 
     formed = jax.vmap(lambda tokens: jax.grad(gathered)(table, tokens, mode))(tokens)
-    factored, _ = bookkeeping.factored_vmap(lambda tokens: (jax.grad(gathered)(table, tokens, mode), ()))(tokens)
-    assert factored.explain().startswith("gram")
-    np.testing.assert_allclose(factored.squared_norms()[0], jnp.sum(formed**2, (1, 2)), rtol=1e-5)
-    np.testing.assert_allclose(factored.weighted_sum([jnp.array([2.0, 1.0])])[0], 2 * formed[0] + formed[1], rtol=1e-5)
+    fun = lambda tokens: (jax.grad(gathered)(table, tokens, mode), ())  # noqa: E731
+    assert bookkeeping.explain(fun, (tokens,)).startswith("gram")
+    norms, sums, _ = weighted_sum(fun, jnp.array([2.0, 1.0]), tokens)
+    np.testing.assert_allclose(norms[0], jnp.sqrt(jnp.sum(formed**2, (1, 2))), rtol=1e-5)
+    np.testing.assert_allclose(sums[0], 2 * formed[0] + formed[1], rtol=1e-5)
 
 
 def gathered(table, tokens, mode):

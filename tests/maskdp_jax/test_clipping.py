@@ -1,3 +1,4 @@
+import functools
 import os
 import subprocess
 import sys
@@ -8,7 +9,10 @@ import jax_privacy.clipping
 import numpy as np
 import pytest
 
+from maskdp_jax import bookkeeping
 from maskdp_jax.clipping import clipped_fun, clipped_grad
+
+BOTH = clipped_fun, jax_privacy.clipping.clipped_fun
 
 rng = np.random.default_rng(0)
 PARAMS = {"w": jnp.asarray(rng.normal(size=(5, 3)), jnp.float32), "b": jnp.zeros(3)}
@@ -109,10 +113,10 @@ def direct(_, example):
     return {"w": example["x"][:, None] * jnp.ones(3), "b": example["x"][:3]}
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 1e25])
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 3e38])
 @pytest.mark.parametrize("microbatch_size", [None, 3])
 def test_what_is_not_finite_contributes_exactly_zero(poison, microbatch_size):
-    """The sum is, to the bit, that with the record replaced by one whose gradient is 0; 1e25 overflows the norm."""
+    """The sum is, to the bit, that with the record replaced by one whose gradient is 0; at 3e38 the norm overflows."""
     bad, zero = ({**BATCH, "x": BATCH["x"].at[4, 2].set(poison)}, {**BATCH, "x": BATCH["x"].at[4].set(0)})
     total, norms = summed(direct, PARAMS, bad, l2_clip_norm=1.0, microbatch_size=microbatch_size)
     expected, _ = summed(direct, PARAMS, zero, l2_clip_norm=1.0, microbatch_size=microbatch_size)
@@ -273,7 +277,7 @@ def test_microbatches_of_padding_are_skipped():
 
 
 SHARDED = """
-import jax, jax.numpy as jnp, numpy as np
+import jax, jax.numpy as jnp, numpy as np, pytest
 from jax.sharding import AxisType, PartitionSpec as P
 from maskdp_jax import bookkeeping
 from maskdp_jax.clipping import clipped_grad
@@ -301,10 +305,102 @@ for loss in (plain, layered):
         np.testing.assert_allclose(norms, exact, rtol=1e-5)
         expected = jnp.tensordot(jnp.minimum(1, 1 / exact), formed, 1)
         np.testing.assert_allclose(total, expected, rtol=1e-4, atol=1e-4)
+def mixing(p, x):
+    return plain(p, x * jax.lax.psum(x, "data").sum())
+for method in ("auto", "bookkeeping", "vmap"):
+    def local(p, x, method=method):
+        return jax.lax.psum(clipped_grad(mixing, l2_clip_norm=1.0, keep_batch_dim=False, method=method)(p, x), "data")
+    with pytest.raises(ValueError, match="psum.*mixes records"):
+        jax.eval_shape(jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()), params, batch)
 """
 
 
 def test_clips_before_any_collective():
-    """On four devices the norms and the sum are those of one."""
+    """On four devices the norms and the sum are those of one, and a loss with a collective is refused."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", SHARDED], env=environment, check=True, timeout=120)
+
+
+def one_term(fun, example, clip=1.0, **more):
+    clipped = clipped_fun(fun, keep_batch_dim=False, l2_clip_norm=clip, return_norms=True, **more)
+    total, norms = jax.jit(clipped)(jax.tree.map(lambda leaf: leaf[None], example))
+    return total, norms[0]
+
+
+def test_complex_leaves_have_the_norm_of_their_parts():
+    x = jnp.asarray(rng.normal(size=(2, 10)), jnp.float32)
+    total, size = one_term(lambda x: x[0] + 1j * x[1], x, clip=1e9)
+    np.testing.assert_allclose(total, x[0] + 1j * x[1])
+    np.testing.assert_allclose(size, np.linalg.norm(x), rtol=1e-6)
+    total, _ = one_term(lambda x: x[0] * (1 + 1j), x, clip=0.5)
+    assert 0.49 < np.linalg.norm(total) <= 0.5
+
+
+@pytest.mark.parametrize("kind", [jnp.int32, jnp.bool_])
+def test_a_cast_that_changes_values_is_kept(kind, monkeypatch):
+    monkeypatch.setattr(bookkeeping, "SMALL", 1)
+    a, d = jnp.asarray(rng.normal(size=(2, 3, 20)), jnp.float32) * 2
+    fun = lambda r: (r[0].T @ r[1]).astype(kind).astype(jnp.float32)  # noqa: E731
+    np.testing.assert_array_equal(one_term(fun, (a, d), clip=1e9)[0], fun((a, d)))
+
+
+def test_the_sum_is_not_rounded_to_the_type_of_the_parameters():
+    """Before noise is added, a bfloat16 sum of 1000 ± 1 would move by 4 or not at all."""
+    ones = jnp.ones((1000, 4), jnp.bfloat16)
+    total = jax.jit(clipped_fun(lambda x: x, keep_batch_dim=False, l2_clip_norm=2.0))
+    assert total(ones).dtype == jnp.float32
+    np.testing.assert_allclose(total(ones) - total(ones[1:]), 1, rtol=1e-4)
+
+
+def test_what_jax_privacy_takes_and_a_jaxpr_reader_may_stumble_over(monkeypatch):
+    """Unused scalars, constant outputs, leaves and contractions of size 0, division by zero."""
+    monkeypatch.setattr(bookkeeping, "SMALL", 1)
+    x = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
+    programs = [
+        lambda fun: fun(lambda x: jax.grad(lambda p: jnp.sum(x @ p["w"]))({"w": x, "unused": 2.0}), has_aux=False),
+        lambda fun: fun(lambda x: (x, 1.0)),
+        lambda fun: fun(lambda x: (x, 1.0), has_aux=True),
+        lambda fun: fun(lambda x: {"a": x, "b": jnp.zeros((0, 5))}),
+        lambda fun: fun(lambda x: jax.grad(lambda p: jnp.sum(x[:0, None] @ p))(jnp.ones((1, 9)))),
+        lambda fun: fun(lambda x: jnp.outer(x, x) / 1e30),
+    ]
+    for program in programs:
+        ours, theirs = (jax.jit(program(functools.partial(module, keep_batch_dim=False)))(x) for module in BOTH)
+        assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), ours, theirs)
+    total, size = one_term(lambda x: jnp.outer(x, x) / 0.0, x[0])
+    assert not total.any()
+    assert not np.isfinite(size)
+
+
+def test_views_in_one_forward_pass_are_clipped_no_more_than_apart():
+    """Their positions cancel to 1e-4; a bound of what Gram matrices may round would be 26 times the norm."""
+    p, x, d = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((64, 80), (1, 4, 64), (4, 80)))
+    y = x * (1 + 1e-4 * jnp.asarray(rng.normal(size=x.shape), jnp.float32))
+
+    def loss(p, x, y):
+        h = jnp.tanh(jnp.concatenate([x, y]) @ p / 8)
+        return jnp.sum(h[:4] * d) - jnp.sum(h[4:] * d)
+
+    fun = lambda **more: clipped_grad(  # noqa: E731
+        loss, l2_clip_norm=1.0, batch_argnums=(1, 2), keep_batch_dim=False, return_grad_norms=True, **more
+    )
+    assert "formed where its positions cancel" in fun().explain(p, x, y)
+    norms = [jax.jit(fun(method=method))(p, x, y)[1].grad_norms for method in ("auto", "vmap")]
+    np.testing.assert_allclose(*norms, rtol=1e-2)
+
+
+def test_reading_a_loss_takes_time_in_proportion_to_it(monkeypatch):
+    """Each operation is looked at once, though each is an operand of two."""
+    looked_at = []
+    read = bookkeeping._Reader._read
+    monkeypatch.setattr(bookkeeping._Reader, "_read", lambda self, atom: looked_at.append(atom) or read(self, atom))
+
+    def squared(x):
+        h = jnp.outer(x, x)
+        for _ in range(40):
+            h = h * h
+        return h
+
+    clipped_fun(squared, keep_batch_dim=False).explain(jnp.ones((1, 80)))
+    assert len(looked_at) <= 50
