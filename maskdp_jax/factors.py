@@ -5,10 +5,10 @@ its value for all examples, the example axis first, and `example` to its value f
 float32 or wider, at the highest precision, whatever the types of the factors.
 
 **The norm is taken of exactly the array that is summed.** Both read the same stored factors, in the same rearrangement.
-Each position is scaled by powers of two, which is exact, so that neither underflows or overflows; `exponent` returns
-what was taken out. To a norm is added a bound of what the contraction may round (`rounding`). Where positions cancel,
-so that this bound is no longer small beside the norm, the arrays are formed one by one, measured and summed: in one
-contraction over all examples, the rounding errors of one would depend on the others (`measured`, `summed`).
+To a norm is added a bound of what the contraction may round (`rounding`). Where positions cancel, so that this bound is
+no longer small beside the norm, or where factors are so large or small that their products might overflow or underflow,
+the arrays are formed one by one, measured and summed (`measured`, `summed`). For that each position is scaled by powers
+of two, which is exact; `exponent` returns what was taken out.
 
 References: Bu et al., Differentially Private Optimization on Large Foundation Models (arXiv 2210.00038), book-keeping;
 Li et al., Large Language Models Can Be Strong Differentially Private Learners (arXiv 2110.05679), the Gram norm.
@@ -39,6 +39,9 @@ GRAM_ERROR = 0.02
 
 CONTRACTION_ERROR = 2e-5
 """Largest rounding error of a contracted `G`, over ‖G‖; if it may be more in any example, all are formed."""
+
+MODERATE = 50
+"""Products of factors between 2^-50 and 2^50 are taken as they are."""
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _NOTHING = -10_000  # exponent of 0
@@ -74,10 +77,12 @@ class Term:
         """A bound of `2^-exponent·‖contracted - G‖`: how far rounding may take what is summed from `G`."""
         raise NotImplementedError
 
-    def contract(
-        self, arrays: Mapping[Any, Array], weights: Float[Array, " b"], exponents: Int[Array, " b"] | int = 0
-    ) -> Array:
-        """`Σ_i weights_i 2^exponents_i G_i`. Examples of weight 0 add exactly 0, whatever they hold."""
+    def moderate(self, arrays: Mapping[Any, Array]) -> Bool[Array, ""]:
+        """Whether all factors are finite, and neither so large nor so small that their products leave float32."""
+        raise NotImplementedError
+
+    def contract(self, arrays: Mapping[Any, Array], weights: Float[Array, " b"]) -> Array:
+        """`Σ_i weights_i G_i` of factors that are moderate. Examples of weight 0 add exactly 0."""
         raise NotImplementedError
 
 
@@ -136,10 +141,12 @@ class Value(Term):
         array = _flat(_wide(arrays[self.var]))
         return 4 * _unit(array) * jnp.sqrt(_squares(times_power(array, -exponent[:, None]), 1))
 
-    def contract(self, arrays, weights, exponents=0):
+    def moderate(self, arrays):
+        return _all_moderate(_example_exponent(arrays[self.var]))
+
+    def contract(self, arrays, weights):
         array = _wide(arrays[self.var])
-        weights = _along(times_power(_real(weights, array), exponents), array)
-        return jnp.sum(jnp.where(weights == 0, 0, array * weights), 0)
+        return jnp.sum(_weighted(array, _real(weights, array)), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,48 +163,63 @@ class Outer(Countable):
 
     shape: tuple[int, ...]
 
-    def rows(self, arrays: Mapping[Any, Array]) -> tuple[Array, Array]:
-        """`a` and `δ`, each (examples, batch, positions, features)."""
+    def blocks(self, arrays: Mapping[Any, Array]) -> list[tuple[Array, Array]]:
+        """`a` and `δ`, each (examples, batch, positions, features), in parts that follow each other along positions."""
         raise NotImplementedError
 
     def _scales(self, arrays):
-        """The rows, the exponents by which to multiply them, and the exponent `_balanced` takes out."""
-        left, right = self.rows(arrays)
-        a, d = _exponent(left, 3), _exponent(right, 3)
+        """Exponents of the rows of `a` and `δ`, by how much to raise either, and the exponent that this takes out.
+
+        Rows of `δ` are then near 1, those of `a` as large as the product, the largest near 1.
+        """
+        a, d = (jnp.concatenate([_exponent(rows, 3) for rows in side], 2) for side in zip(*self.blocks(arrays)))
         empty = (a == _NOTHING) | (d == _NOTHING)
         exponent = jnp.max(jnp.where(empty, _NOTHING, a + d), (1, 2, 3), initial=_NOTHING)
         lift = jnp.where(empty, _NOTHING, d - exponent[:, None, None, None])
-        return left, right, lift, jnp.where(empty, _NOTHING, -d), exponent
-
-    def _balanced(self, arrays):
-        """The rows with entries below 1: those of `δ` near 1, those of `a` as large as their product; the exponent."""
-        left, right, lift, drop, exponent = self._scales(arrays)
-        return times_power(left, lift), times_power(right, drop), exponent
+        return (a, d), lift, jnp.where(empty, _NOTHING, -d), exponent
 
     def exponent(self, arrays):
         return self._scales(arrays)[-1]
 
-    def form(self, example, exponent):
-        left, right, own = self._balanced({var: example[var][None] for var in self.kept})
-        left = times_power(left, own - exponent)
-        return _multiplied(left, right, (((2,), (2,)), ((0, 1), (0, 1)))).reshape(self.shape)
+    def moderate(self, arrays):
+        return _all_moderate(jnp.stack(self._scales(arrays)[0]))
 
-    def contract(self, arrays, weights, exponents=0):
-        left, right, own = self._balanced(arrays)
-        left, right = _wide(left), _wide(right)
-        weights = _along(times_power(weights.astype(left.dtype), exponents + own), left)
-        left = jnp.where(weights == 0, 0, left * weights)
-        right = jnp.where(weights == 0, 0, right)
-        return _multiplied(left, right, (((0, 2), (0, 2)), ((1,), (1,)))).reshape(self.shape)
+    def form(self, example, exponent):
+        arrays = {var: example[var][None] for var in self.kept}
+        left, right = (jnp.concatenate(side, 2) for side in zip(*self.blocks(arrays)))
+        _, lift, drop, own = self._scales(arrays)
+        left = times_power(times_power(left, lift), own - exponent)
+        return _multiplied(left, times_power(right, drop), (((2,), (2,)), ((0, 1), (0, 1)))).reshape(self.shape)
+
+    def contract(self, arrays, weights):
+        total = 0
+        for k, (left, right) in enumerate(self.blocks(arrays)):
+            left, right = _wide(left), _wide(right)
+            if self.weighs_left(k):
+                left = _weighted(left, weights.astype(left.dtype))
+            else:
+                right = _weighted(right, weights.astype(right.dtype))
+            total = total + _multiplied(left, right, (((0, 2), (0, 2)), ((1,), (1,))))
+        return total.reshape(self.shape)
+
+    def weighs_left(self, block: int) -> bool:
+        """Whether the weights are multiplied with `a` of this block, or with `δ`; a copy is made of either."""
+        raise NotImplementedError
 
     def rounding(self, arrays, exponent):
-        left, right, own = self._balanced(arrays)
-        left, right = (jnp.sqrt(_squares(_wide(rows), 3)) for rows in (left, right))
+        _, *lifts, own = self._scales(arrays)
+        left, right = (
+            times_power(jnp.concatenate([jnp.sqrt(_squares(_wide(rows), 3)) for rows in side], 2), lift[..., 0])
+            for side, lift in zip(zip(*self.blocks(arrays)), lifts)
+        )
         return self.contraction_error * _unit(left) * times_power(_spread(left, right), own - exponent)
 
     def gram(self, arrays):
-        left, right, _ = self._balanced(arrays)
-        left, right = _self_products(left), _self_products(right)
+        _, *lifts, _ = self._scales(arrays)
+        left, right = (
+            times_power(_self_products(side), lift + jnp.swapaxes(lift, 2, 3))
+            for side, lift in zip(zip(*self.blocks(arrays)), lifts)
+        )
         lengths = (jnp.sqrt(jnp.diagonal(products, axis1=2, axis2=3)) for products in (left, right))
         return jnp.sum(left * right, (1, 2, 3)), _spread(*lengths)
 
@@ -234,8 +256,11 @@ class Product(Outer):
         sides = zip((self.lhs, self.rhs), batch, contracted)
         return [(b, t, [i for i in range(var.aval.ndim) if i not in b and i not in t]) for var, b, t in sides]
 
-    def rows(self, arrays):
-        return tuple(_positions(arrays[var], *axes[:2]) for var, axes in zip(self.kept, self._axes()))
+    def blocks(self, arrays):
+        return [tuple(_positions(arrays[var], *axes[:2]) for var, axes in zip(self.kept, self._axes()))]
+
+    def weighs_left(self, block):
+        return self.lhs.aval.size <= self.rhs.aval.size
 
     def gram_is_cheaper(self):
         _, t, m, n = self.sizes
@@ -273,9 +298,12 @@ class Pair(Outer):
     kept = property(lambda self: (*self.first.kept, *self.second.kept))
     shape = property(lambda self: self.first.shape)
 
-    def rows(self, arrays):
-        (a, d), (b, e) = (map(_wide, product.rows(arrays)) for product in (self.first, self.second))
-        return jnp.concatenate([a - b, b], 2), jnp.concatenate([d, d + e if self.sign > 0 else d - e], 2)
+    def blocks(self, arrays):
+        (a, d), (b, e) = (map(_wide, product.blocks(arrays)[0]) for product in (self.first, self.second))
+        return [(a - b, d), (b, d + e if self.sign > 0 else d - e)]
+
+    def weighs_left(self, block):
+        return block == 0  # the side that is a difference, and so a copy already
 
     def gram_is_cheaper(self):
         _, t, m, n = self.first.sizes
@@ -305,11 +333,12 @@ class Scattered(Countable):
         rows = times_power(_wide(example[self.updates]), -exponent)
         return self._add(jnp.zeros(self.eqn.outvars[0].aval.shape, rows.dtype), example[self.indices], rows, 0)
 
-    def contract(self, arrays, weights, exponents=0):
-        own = self.exponent(arrays)
-        rows = times_power(_wide(arrays[self.updates]), _along(-own, arrays[self.updates]))
-        weights = _along(times_power(weights.astype(rows.dtype), exponents + own), rows)
-        rows = jnp.where(weights == 0, 0, rows * weights)
+    def moderate(self, arrays):
+        return _all_moderate(self.exponent(arrays))
+
+    def contract(self, arrays, weights):
+        rows = _wide(arrays[self.updates])
+        rows = _weighted(rows, weights.astype(rows.dtype))
         return self._add(jnp.zeros(self.eqn.outvars[0].aval.shape, rows.dtype), arrays[self.indices], rows, 1)
 
     def rounding(self, arrays, exponent):
@@ -350,7 +379,7 @@ class Scattered(Countable):
             index = jnp.clip(index, 0, height - 1)
         inside = (index >= 0) & (index < height)
         rows = self._rows(arrays, self.exponent(arrays))[:, None]
-        products = _self_products(rows)[:, 0]
+        products = _self_products([rows])[:, 0]
         same = (index[:, :, None] == index[:, None, :]) & inside[:, :, None] & inside[:, None, :]
         lengths = jnp.sqrt(jnp.diagonal(products, axis1=1, axis2=2))
         lengths = jnp.sum(jnp.where(same, lengths[:, :, None] * lengths[:, None, :], 0), (1, 2))
@@ -378,12 +407,13 @@ class Convolved(Term):
         left = times_power(_wide(example[self.lhs]), -own[0])
         return self._convolve(left, times_power(_wide(example[self.rhs]), own[0] - exponent))
 
-    def contract(self, arrays, weights, exponents=0):
-        numbers, own = self.eqn.params["dimension_numbers"], self._exponents(arrays)
-        left, right = (times_power(_wide(arrays[v]), -_along(e, arrays[v])) for v, e in zip(self.kept, own))
-        weights = times_power(weights.astype(right.dtype), exponents + sum(own))
-        left = jnp.where(_along(weights, left) == 0, 0, left)
-        right = jnp.where(_along(weights, right) == 0, 0, right * _along(weights, right))
+    def moderate(self, arrays):
+        return _all_moderate(jnp.stack(self._exponents(arrays)))
+
+    def contract(self, arrays, weights):
+        numbers = self.eqn.params["dimension_numbers"]
+        left, right = (_wide(arrays[var]) for var in self.kept)
+        right = _weighted(right, weights.astype(right.dtype))
         return self._convolve(_folded(left, numbers.lhs_spec[1]), _folded(right, numbers.rhs_spec[1]))
 
     def rounding(self, arrays, exponent):
@@ -423,8 +453,11 @@ class Linear(Term):
     def form(self, example, exponent):
         return self.apply([term.form(example, exponent) for term in self.terms])
 
-    def contract(self, arrays, weights, exponents=0):
-        return self.apply([term.contract(arrays, weights, exponents) for term in self.terms])
+    def moderate(self, arrays):
+        return jnp.all(jnp.stack([term.moderate(arrays) for term in self.terms]))
+
+    def contract(self, arrays, weights):
+        return self.apply([term.contract(arrays, weights) for term in self.terms])
 
     def rounding(self, arrays, exponent):
         total = sum(term.rounding(arrays, exponent) for term in self.terms)
@@ -467,9 +500,13 @@ class Scaled(Term):
         mantissa, own = self.parts(example)
         return jax.lax.optimization_barrier(self.term.form(example, exponent - own) * mantissa)
 
-    def contract(self, arrays, weights, exponents=0):
-        mantissa, own = self.parts(arrays)
-        return self.term.contract(arrays, jnp.where(weights == 0, 0, weights * mantissa), exponents + own)
+    def moderate(self, arrays):
+        own = jnp.asarray(self.parts(arrays)[1])
+        return self.term.moderate(arrays) & _all_moderate(2 * own)
+
+    def contract(self, arrays, weights):
+        factor = self.factor if isinstance(self.factor, float) else arrays[self.factor].astype(weights.dtype)
+        return self.term.contract(arrays, weights * factor)
 
     def rounding(self, arrays, exponent):
         mantissa, own = self.parts(arrays)
@@ -549,32 +586,36 @@ def norm_of_array(array: Array) -> Float[Array, " b"]:
 def measured(
     term: Term, arrays: Mapping[Any, Array], size: int, skipped: Bool[Array, " b"], core: Bare | None
 ) -> tuple[Float[Array, " b"], Bool[Array, ""]]:
-    """`‖G_i‖`, never less than the norm of what `summed` adds for the example; and whether positions cancel in any.
+    """`‖G_i‖`, never less than the norm of what `summed` adds for the example.
 
     Args:
         term: G, of `size` entries.
         arrays: all that is in it.
         skipped: examples whose norm is of no interest.
         core: from `bare`, to take norms from Gram matrices where nothing cancels.
+
+    Returns:
+        Norms, and whether `summed` must form the arrays: positions cancel in an example, or its factors are extreme.
     """
     exponent = term.exponent(arrays)
     split, form = _some_at_a_time(term, arrays, exponent, size)
     formed = lambda: jax.lax.map(lambda part: norm_of_array(form(*part)), split).reshape(exponent.shape)  # noqa: E731
     if core is None:
         norm, rounding = formed(), term.rounding(arrays, exponent)
-        cancels = jnp.any((rounding > CONTRACTION_ERROR * norm) & ~skipped)
-        return times_power(jnp.where(cancels, norm, norm + rounding), exponent), cancels
+        delicate = jnp.any((rounding > CONTRACTION_ERROR * norm) & ~skipped) | ~term.moderate(arrays)
+        return times_power(jnp.where(delicate, norm, norm + rounding), exponent), delicate
     squares, spread = core.core.gram(arrays)
     unit = _unit(squares)
     error, rounding = core.core.gram_error * unit * jnp.square(spread), core.core.contraction_error * unit * spread
     norm = jnp.sqrt(jnp.maximum(squares, 0) + error)
     cancels = jnp.any(((error > GRAM_ERROR * squares) | (rounding > CONTRACTION_ERROR * norm)) & ~skipped)
+    delicate = cancels | ~term.moderate(arrays)
     mantissa = math.prod((abs(scaled.parts(arrays)[0]) for scaled in core.scales), start=jnp.ones_like(squares))
-    return times_power(jax.lax.cond(cancels, formed, lambda: (norm + rounding) * mantissa), exponent), cancels
+    return times_power(jax.lax.cond(delicate, formed, lambda: (norm + rounding) * mantissa), exponent), delicate
 
 
 def summed(
-    term: Term, arrays: Mapping[Any, Array], size: int, weights: Float[Array, " b"], cancels: Bool[Array, ""]
+    term: Term, arrays: Mapping[Any, Array], size: int, weights: Float[Array, " b"], delicate: Bool[Array, ""]
 ) -> Array:
     """`Σ_i weights_i G_i` of what `measured` has measured. Examples of weight 0 add exactly 0, whatever they hold."""
 
@@ -585,24 +626,24 @@ def summed(
 
         def total(scale, *part):
             made = form(*part)
-            scale = _along(scale, made)
-            return jnp.sum(jnp.where(scale == 0, 0, made * scale), 0)
+            return jnp.sum(_weighted(made, scale), 0)
 
         empty = zeros_like(jax.eval_shape(lambda: total(*(array[0] for array in (scales, *split)))))
         return jax.lax.scan(lambda sofar, part: (sofar + total(*part), None), empty, (scales, *split))[0]
 
     if isinstance(term, Value):
         return term.contract(arrays, weights)
-    return jax.lax.cond(cancels, formed, lambda: term.contract(arrays, weights))
+    delicate |= ~_all_moderate(_exponent(weights, ()))
+    return jax.lax.cond(delicate, formed, lambda: term.contract(arrays, weights))
 
 
 def _some_at_a_time(term: Term, arrays: Mapping[Any, Array], exponent: Int[Array, " b"], size: int):
     """Exponents and arrays (parts, examples, ...), and a function of one part that forms `G·2^-exponent`.
 
-    As many examples are a part as have room where the factors have.
+    As many examples are a part as have room in a quarter of what the factors take.
     """
     names, count = tuple(dict.fromkeys(term.kept)), len(exponent)
-    at_once = max(1, count * term.entries // size)
+    at_once = max(1, count * term.entries // (4 * size))
     at_once = next(n for n in range(min(at_once, max(count, 1)), 0, -1) if count % n == 0)
     split = [
         array.reshape(count // at_once, at_once, *array.shape[1:]) for array in (exponent, *map(arrays.get, names))
@@ -715,6 +756,16 @@ def _along(per_example: Array, array: Array) -> Array:
     return per_example.reshape(-1, *[1] * (array.ndim - 1))
 
 
+def _weighted(array: Array, weights: Float[Array, " b"]) -> Array:
+    """Each example times its weight; exactly 0 where that is 0."""
+    weights = _along(weights, array)
+    return jnp.where(weights == 0, 0, array * weights)
+
+
+def _all_moderate(exponents: Int[Array, "..."]) -> Bool[Array, ""]:
+    return jnp.all((jnp.abs(exponents) <= MODERATE) | (exponents <= _NOTHING // 2))
+
+
 def _folded(array: Array, axis: int) -> Array:
     """The example axis joined to axis `axis` of the rest."""
     array = jnp.moveaxis(array, 0, axis)
@@ -734,5 +785,12 @@ def _multiplied(left: Array, right: Array, numbers) -> Array:
     return jax.lax.dot_general(left, right, numbers, precision=_HIGHEST, preferred_element_type=_wide_type(left.dtype))
 
 
-def _self_products(array: Array) -> Float[Array, "examples batch positions positions"]:
-    return _multiplied(array, array, (((3,), (3,)), ((0, 1), (0, 1))))
+def _self_products(blocks: Sequence[Array]) -> Float[Array, "examples batch positions positions"]:
+    """Of all rows of the blocks with each other."""
+    numbers = ((3,), (3,)), ((0, 1), (0, 1))
+    products = {(i, j): _multiplied(blocks[i], blocks[j], numbers) for j in range(len(blocks)) for i in range(j + 1)}
+    if len(blocks) == 1:
+        return products[0, 0]
+    across = products[0, 1]
+    top = jnp.concatenate([products[0, 0], across], 3)
+    return jnp.concatenate([top, jnp.concatenate([jnp.swapaxes(across, 2, 3), products[1, 1]], 3)], 2)
