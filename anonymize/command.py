@@ -1,7 +1,8 @@
 """`maskdp anonymize PATH… --out DIR`: videos become a two-layer dataset.
 
 DIR holds `shards/` (the dataset), `manifest.jsonl` (what became of every clip), `sheets/` (contact sheets, to be looked
-at), and what must not leave the lab: `work/` (finished clips, from which a broken-off run goes on), `local_paths.csv`
+at), `mp4/` where `--export` asks for it (videos to be played), and what must not leave the lab: `work/` (finished
+clips, from which a broken-off run goes on), `lab_only/` (originals beside what became of them), `local_paths.csv`
 (which file has which key) and `wardrobe.secret`.
 """
 
@@ -25,17 +26,17 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 
 from anonymize import weights
+from anonymize.batch import export, sheets
 from anonymize.batch import ray as on_ray
-from anonymize.batch import sheets
 from anonymize.config import AnonymizeConfig, AutoConfig
-from anonymize.people import FinderConfig, precomputed
+from anonymize.people import FinderConfig, choice, precomputed
 from anonymize.people.embedded.finder import EmbeddedConfig
 from anonymize.vision import video
 from maskdp import __version__, atomic, config, layers, progress
@@ -46,6 +47,7 @@ EXTENSIONS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", 
 MANIFESTS = {".csv", ".jsonl"}
 SECRET_BYTES = 32
 WORKERS_LOCK = ".workers.lock"
+PREVIEW = 48  # frames of a single video that are shown first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,8 +183,13 @@ class Worker:
         self._lock = open(pathlib.Path(settings.out) / WORKERS_LOCK, "a")  # noqa: SIM115, held as long as this lives
         fcntl.flock(self._lock, fcntl.LOCK_SH)
 
-    def __call__(self, source: Source) -> tuple[list[dict[str, Any]], bool]:
-        """Records of the clips of one video, or where it fails one that says so; and whether they were there before."""
+    def __call__(
+        self, source: Source, advance: Callable[[int], None] = lambda frames: None
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """Records of the clips of one video, or where it fails one that says so; and whether they were there before.
+
+        `advance` is called with the number of frames of each clip that is finished.
+        """
         key = video_key(self._secret, source.name)
         done = self._work / f"{key}.json"
         try:
@@ -192,15 +199,19 @@ class Worker:
             if done.exists():
                 finished = json.loads(done.read_text())
                 if finished["state"] == state:
+                    self._export(key, source.path, finished["clips"], again=False)
                     return finished["clips"], True
             done.unlink(missing_ok=True)
             given = self._settings.precomputed and precomputed.Precomputed(
                 self._settings.precomputed, source.name, source.path
             )
-            records = [
-                self._clip(part, f"{key}-{number:03d}", key, state["source"], source, given)
-                for number, part in enumerate(self._parts(source.path))
-            ]
+            records = []
+            for number, part in enumerate(self._parts(source.path)):
+                records.append(self._clip(part, f"{key}-{number:03d}", key, state["source"], source, given))
+                advance(len(part.frames))
+            if not records:
+                raise UserError(f"nothing of it lies in --span {self._settings.span}")
+            self._export(key, source.path, records, again=True)
         except UserError as error:
             return [_failed(key, str(error).removeprefix(f"{source.path}: "))], False
         except OSError:  # of the output; what is wrong with the file itself is a UserError
@@ -211,11 +222,61 @@ class Worker:
         atomic.write_json(done, {"state": state, "clips": records})
         return records, False
 
-    def _parts(self, path: pathlib.Path) -> Iterator[video.Video]:
+    def _export(self, key: str, path: pathlib.Path, records: list[dict[str, Any]], again: bool) -> None:
+        """The videos that `export` asks for; what is there stays, unless the clips were made `again`."""
+        out, wanted = pathlib.Path(self._settings.out), self._settings.export
+
+        def load(clip: str) -> tuple[np.ndarray, np.ndarray]:
+            return read_work(self._work / f"{clip}.npz")
+
+        if wanted != "none" and (again or not (out / "mp4" / f"{key}-private.mp4").exists()):
+            export.views(out / "mp4", key, records, load)
+        if wanted == "lab" and (again or not (out / "lab_only" / f"{key}.mp4").exists()):
+            export.beside_original(out / "lab_only", key, records, load, self._parts(path))
+
+    def preview(self, source: Source) -> str:
+        """Anonymizes the first `PREVIEW` frames alone, for a first look: a line that says what came of it."""
+        part = next(self._parts(source.path, PREVIEW), None)
+        if part is None:
+            return "nothing in --span"
+        given = self._settings.precomputed and precomputed.Precomputed(
+            self._settings.precomputed, source.name, source.path
+        )
+        result = self._result(part, video_key(self._secret, source.name), source, given)
+        if result.status != "written":
+            return f"quarantined, {result.reason}"
+        file = pathlib.Path(self._settings.out) / "preview.jpg"
+        sheets.write(file, sheets.sheet(result.rgba, result.private))
+        return str(file)
+
+    def _parts(self, path: pathlib.Path, most: int | None = None) -> Iterator[video.Video]:
         settings = self._settings.video
         return video.clips(
-            path, short_side=settings.short_side, max_frames=settings.max_frames, fps=settings.fps or None
+            path,
+            short_side=settings.short_side,
+            max_frames=min(settings.max_frames, most or settings.max_frames),
+            fps=settings.fps or None,
+            span=self._settings.seconds,
         )
+
+    def _result(self, part: video.Video, key: str, source: Source, given: precomputed.Precomputed | None):
+        """The `ClipResult` of a clip."""
+        if self._anonymizer is None:
+            from anonymize.pipeline import Anonymizer
+
+            self._anonymizer = Anonymizer(self._settings, self._secret)
+        people = given and given.people(part.frames, part.numbers)
+        keep, only = (self._places(name, source.path, part) for name in ("keep", "only"))
+        return self._anonymizer.clip(part.frames, part.fps, key, source.subjects, people, keep, only)
+
+    def _places(self, key: str, path: pathlib.Path, part: video.Video) -> list[tuple[int, choice.Place]]:
+        """The places of `keep` or `only` that lie in a clip, as frame numbers and pixels of it."""
+        found = []
+        for place in choice.places(key, getattr(self._settings, key)):
+            frame = round((place.seconds - part.start) * part.fps)
+            if 0 <= frame < len(part.frames):
+                found.append((frame, place.scaled(part.frames.shape[2] / video.probe(path).width)))
+        return found
 
     def _clip(
         self,
@@ -226,13 +287,8 @@ class Worker:
         source: Source,
         given: precomputed.Precomputed | None,
     ) -> dict[str, Any]:
-        if self._anonymizer is None:
-            from anonymize.pipeline import Anonymizer
-
-            self._anonymizer = Anonymizer(self._settings, self._secret)
         start = time.monotonic()
-        people = given and given.people(part.frames, part.numbers)
-        result = self._anonymizer.clip(part.frames, part.fps, key, source.subjects, people)
+        result = self._result(part, key, source, given)
         if result.status == "written":
             write_work(self._work / f"{clip}.npz", result.rgba, result.private)
             if self._settings.sheets != "none":
@@ -246,6 +302,7 @@ class Worker:
             "reason": result.reason,
             "fps": part.fps,
             "people": result.people,
+            "people_kept": result.people_kept,
             "frames": result.frames,
             "frames_without_pose": result.frames_without_pose,
             "frames_blanked": result.frames_blanked,
@@ -289,11 +346,12 @@ def read_work(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
 # --------------------------------------------------------------------------------------------------------- the batch
 
 _worker: Worker | None = None
+_frames = None  # of all workers together, a `multiprocessing.Value`
 
 
-def _start_worker(settings: AnonymizeConfig, secret: bytes) -> None:
-    global _worker
-    _worker = Worker(settings, secret)
+def _start_worker(settings: AnonymizeConfig, secret: bytes, frames) -> None:
+    global _worker, _frames
+    _worker, _frames = Worker(settings, secret), frames
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if not multiprocessing.parent_process().is_alive():  # before the lock was held, so that a later run may be at work
         os._exit(1)
@@ -305,30 +363,66 @@ def _end_with_parent() -> None:
 
 
 def _work(source: Source) -> tuple[list[dict[str, Any]], bool]:
-    return _worker(source)
+    def advance(frames: int) -> None:
+        with _frames.get_lock():
+            _frames.value += frames
+
+    return _worker(source, advance)
 
 
-def _results(sources: Sequence[Source], settings: AnonymizeConfig, secret: bytes):
-    """Yields (source, what `Worker` returns for it) as videos are finished."""
+def _results(sources: Sequence[Source], settings: AnonymizeConfig, secret: bytes, advance: Callable[[int], None]):
+    """Yields (source, what `Worker` returns for it) as videos are finished.
+
+    `advance` is called with numbers of frames as clips are finished; with `--ray`, as videos are.
+    """
     if settings.ray:
-        yield from on_ray.results(sources, settings, _secret_file(settings))
+        for source, (found, known) in on_ray.results(sources, settings, _secret_file(settings)):
+            if not known:
+                advance(sum(record.get("frames", 0) for record in found))
+            yield source, (found, known)
         return
     workers = min(settings.workers, len(sources))
     if workers <= 1:
         work = Worker(settings, secret)
-        yield from ((source, work(source)) for source in sources)
+        if len(sources) == 1 and settings.sheets != "none" and _long_and_new(sources[0], settings, secret):
+            print(f"preview: {work.preview(sources[0])}", file=sys.stderr)
+        yield from ((source, work(source, advance)) for source in sources)
         return
-    with concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _start_worker, (settings, secret)
-    ) as pool:
+    context = multiprocessing.get_context("spawn")
+    frames, told = context.Value("q", 0), 0
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (settings, secret, frames)) as pool:
         jobs = {pool.submit(_work, source): source for source in sources}
+        running = set(jobs)
         try:
-            for job in concurrent.futures.as_completed(jobs):
-                yield jobs[job], job.result()
+            while running:
+                done, running = concurrent.futures.wait(running, 1.0, concurrent.futures.FIRST_COMPLETED)
+                so_far = frames.value
+                advance(so_far - told)
+                told = so_far
+                for job in done:
+                    yield jobs[job], job.result()
         except concurrent.futures.process.BrokenProcessPool:
             raise UserError("a worker process died, perhaps of too little memory; run again to go on") from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _long_and_new(source: Source, settings: AnonymizeConfig, secret: bytes) -> bool:
+    """Whether a video takes so long that a first look at a part of it is worth its time."""
+    done = (pathlib.Path(settings.out) / "work" / f"{video_key(secret, source.name)}.json").exists()
+    return not done and _length(source, settings) > 3 * PREVIEW
+
+
+def _length(source: Source, settings: AnonymizeConfig) -> int:
+    """How many frames a video has by its header, in `span` and at `video.fps`; 0 where that is not known."""
+    try:
+        info = video.probe(source.path)
+    except UserError:  # said when it is its turn
+        return 0
+    rate = min(info.fps, settings.video.fps or info.fps)
+    seconds = info.seconds or (info.frames or 0) / info.fps
+    start, end = settings.seconds or (0.0, seconds)
+    return round(max(min(end, seconds) - start, 0) * rate)
 
 
 def _secret_file(settings: AnonymizeConfig) -> pathlib.Path:
@@ -379,6 +473,8 @@ def anonymize(paths: Sequence[str], settings: AnonymizeConfig) -> int:
     sources, problems = gather(paths, settings.dataset)
     if not sources:
         raise UserError("; ".join(problems) if problems else f"nothing to do\n{USAGE}")
+    if (settings.keep or settings.only) and len(sources) > 1:
+        raise UserError(f"--keep, --only: a place in one video, expected one video and not {len(sources)}")
     settings = dataclasses.replace(settings, finder=_chosen(settings.finder))
     for problem in problems:
         print(f"maskdp anonymize: {problem}", file=sys.stderr)
@@ -419,18 +515,19 @@ def _chosen(finder: FinderConfig) -> FinderConfig:
 def _run(sources, settings: AnonymizeConfig, secret: bytes) -> dict[str, list[dict[str, Any]]]:
     """Records by name of source. Says at once, in a line each, what failed or was quarantined."""
     records: dict[str, list[dict[str, Any]]] = {}
-    start, clips, frames = time.monotonic(), 0, 0
-    with progress.bar("anonymize", len(sources), "videos") as advance:
-        for source, (found, known) in _results(sources, settings, secret):
+    lengths = {source.name: _length(source, settings) for source in sources}
+    with progress.bar("anonymize", sum(lengths.values()), "frames") as advance:
+
+        def tell(frames: int) -> None:
+            advance(frames, f"{len(records)}/{len(sources)} videos")
+
+        for source, (found, known) in _results(sources, settings, secret, tell):
             records[source.name] = found
             for record in found:
                 if record["status"] != "written":
                     print(f"{source.path}: {record['status']}, {record['reason']}", file=sys.stderr)
-            if not known:
-                clips += len(found)
-                frames += sum(record.get("frames", 0) for record in found)
-            seconds = time.monotonic() - start
-            advance(1, f"{clips / seconds:.2f} clips/s, {frames / seconds:.1f} frames/s", known)
+            done = 0 if known else sum(record.get("frames", 0) for record in found)
+            advance(lengths[source.name] - done, f"{len(records)}/{len(sources)} videos", known=True)
     return records
 
 
@@ -478,13 +575,14 @@ def _write_shards(out: pathlib.Path, sources, records, settings: AnonymizeConfig
     if not splits:
         return False
     counts = Counter(record["status"] for found in records.values() for record in found)
+    kept = sum(record["people_kept"] for found in splits.values() for _, record in found)
     layers.write_dataset(
         out,
         {split: clips(chosen) for split, chosen in splits.items()},
         labels,
         context=settings.refine.context,
         private_format=settings.dataset.private_format,
-        notes={"settings": settings.pipeline_fingerprint, "clips": dict(counts)},
+        notes={"settings": settings.pipeline_fingerprint, "clips": dict(counts), "people_kept": kept},
         key=hmac.digest(secret, b"dataset key", hashlib.sha256),
     )
     return True
@@ -498,6 +596,12 @@ def _say(out: pathlib.Path, records, counts: Counter, written: bool) -> None:
     print(f"{out / layers.SHARDS}: the dataset" if written else f"{out}: no clip was written, so there is no dataset")
     if written and (out / "sheets").is_dir():
         print(f"{out / 'sheets'}: contact sheets; look at them before anything is released")
+    for folder, what in (
+        ("mp4", "videos to be played"),
+        ("lab_only", "THE ORIGINALS beside them: never release these"),
+    ):
+        if written and (out / folder).is_dir():
+            print(f"{out / folder}: {what}")
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

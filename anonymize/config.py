@@ -5,7 +5,7 @@ from dataclasses import field
 
 from anonymize import weights
 from anonymize.fitting.fit import FitConfig
-from anonymize.people import FinderConfig
+from anonymize.people import FinderConfig, choice
 from anonymize.people.embedded.finder import EmbeddedConfig
 from anonymize.people.models.finder import ModelsConfig
 from anonymize.people.precomputed import PrecomputedConfig
@@ -114,8 +114,17 @@ class AutoConfig(EmbeddedConfig):
 
 @dataclasses.dataclass(frozen=True)
 class PipelineConfig:
-    """Everything that one clip's two layers depend on, besides the clip and the wardrobe's secret."""
+    """Everything that one clip's two layers depend on, besides the clip and the wardrobe's secret.
 
+    Attributes:
+        span: the part of each video that is anonymized, `3.0-7.5` in seconds; empty: all of it.
+        keep: who stays visible, `SECONDS@X,Y` or `SECONDS@X0,Y0,X1,Y1` in pixels of the one video, separated by `;`.
+        only: who alone is replaced, in the same form: everybody else who is there at that time stays visible.
+    """
+
+    span: str = ""
+    keep: str = ""
+    only: str = ""
     video: VideoConfig = field(default_factory=VideoConfig)
     finder: FinderConfig = field(default_factory=AutoConfig)
     fit: FitConfig = field(default_factory=FitConfig)
@@ -123,6 +132,19 @@ class PipelineConfig:
     inpaint: InpaintConfig = field(default_factory=OpenCVInpaint)
     refine: RefineConfig = field(default_factory=NoRefinement)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+
+    @property
+    def seconds(self) -> tuple[float, float] | None:
+        """The two ends of `span`; None where it is empty."""
+        if not self.span:
+            return None
+        try:
+            start, end = (float(part) for part in self.span.split("-"))
+        except ValueError:
+            start = end = 0.0
+        if not 0 <= start < end:
+            raise UserError(f"--span: {self.span!r}, expected two times in seconds such as 3.0-7.5")
+        return start, end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +157,8 @@ class AnonymizeConfig(PipelineConfig):
         ray: address of a Ray cluster for the workers to run on (`auto`: the one this machine belongs to); empty: here.
         wardrobe_secret: file of the 32 bytes that avatars are drawn from; made as OUT/wardrobe.secret where empty.
         sheets: contact sheets of the `layers`, `full` ones that show the original too, or `none`.
+        export: videos to be played: `mp4` OUT/mp4/KEY-composite.mp4, -public and -private; `lab` these and
+            OUT/lab_only/KEY.mp4, the original beside the composite; or `none`.
     """
 
     out: str = ""
@@ -142,12 +166,17 @@ class AnonymizeConfig(PipelineConfig):
     ray: str = ""
     wardrobe_secret: str = ""
     sheets: str = "layers"
+    export: str = "none"
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
 
     def __post_init__(self):
         if not self.out:
             raise UserError("--out: missing, expected a folder to write")
         one_of(self, "sheets", ("layers", "full", "none"))
+        one_of(self, "export", ("none", "mp4", "lab"))
+        self.seconds  # noqa: B018, raises where `span` is wrong
+        for key in ("keep", "only"):
+            choice.places(key, getattr(self, key))
         positive(self, "workers")
 
     @property

@@ -13,7 +13,7 @@ from anonymize.avatar.render import Mesh, render
 from anonymize.avatar.wardrobe import Avatar, Wardrobe
 from anonymize.config import AvatarConfig, PipelineConfig
 from anonymize.fitting.fit import Fit, SilhouetteFitter
-from anonymize.people import FinderConfig, People, PeopleFinder, Person
+from anonymize.people import FinderConfig, People, PeopleFinder, Person, choice
 from anonymize.people.embedded.finder import EmbeddedFinder
 from anonymize.people.models.depth import in_order
 from anonymize.people.models.finder import ModelFinder, ModelsConfig
@@ -36,6 +36,7 @@ class ClipResult:
         frames, frames_without_pose, frames_blanked: of the clip; with a person in them who has no avatar; blanked
             because the removal failed.
         iou: mean overlap of the avatars' bodies with the people's silhouettes; None where there was nothing to fit.
+        people_kept: people who are visible on purpose (`choice`): they are real in the private layer.
         notes: the finder's figures.
     """
 
@@ -47,6 +48,7 @@ class ClipResult:
     frames_without_pose: int = 0
     frames_blanked: int = 0
     iou: float | None = None
+    people_kept: int = 0
     notes: dict = dataclasses.field(default_factory=dict)
 
     @property
@@ -74,7 +76,14 @@ class Anonymizer:
         self.refiner = config.refine.load()
 
     def clip(
-        self, frames: np.ndarray, fps: float, video: str, subjects: Sequence[str] = (), people: People | None = None
+        self,
+        frames: np.ndarray,
+        fps: float,
+        video: str,
+        subjects: Sequence[str] = (),
+        people: People | None = None,
+        keep: Sequence[tuple[int, choice.Place]] = (),
+        only: Sequence[tuple[int, choice.Place]] = (),
     ) -> ClipResult:
         """Anonymizes one clip.
 
@@ -87,6 +96,12 @@ class Anonymizer:
             subjects: the people in it by name, where known.
             people: where they are, if that is known already, as it must be with `finder.type: precomputed`; None: the
                 finder finds them.
+            keep, only: frames and places (pixels of `frames`) of who stays visible, and of who alone goes. Everybody is
+                removed first, and what is written is judged, as if nobody stayed; then the original returns where they
+                are.
+
+        Raises:
+            UserError: at one of those places there is nobody, or more than one person.
         """
         total = len(frames)
         people = people or self.finder.find(frames, fps)
@@ -102,21 +117,30 @@ class Anonymizer:
         if doubt:
             return quarantined(doubt, frames_blanked=blanked)
 
+        kept = choice.kept(people, keep, only)
+        private = removal.frames
+        if kept.any():
+            private = np.where(choice.shown(people, kept, removal.blanked)[..., None], frames, private)
         camera = people.camera or Camera.default(frames.shape[2], frames.shape[1])
         keys = [identity_key(video, person.track_id, subjects, self.config.avatar) for person in people.persons]
         avatars = [self.avatar(key) for key in keys]
         fits = [_given(p) if p.pose else self.fitter(p, camera, avatar) for p, avatar in zip(people.persons, avatars)]
-        missing = np.any([person.present & ~fit.ok for person, fit in zip(people.persons, fits)], 0)
+        fits = [dataclasses.replace(fit, ok=fit.ok & ~stays) for fit, stays in zip(fits, kept)]
+        missing = np.any(
+            [person.present & ~fit.ok & ~stays for person, fit, stays in zip(people.persons, fits, kept)], 0
+        )
         overlaps = np.concatenate([fit.iou[np.isfinite(fit.iou)] for fit in fits])
         figures = {
             "frames_without_pose": int(missing.sum()),
             "frames_blanked": blanked,
             "iou": float(overlaps.mean()) if len(overlaps) else None,
+            "people_kept": int(kept.any(1).sum()),
         }
         if missing.mean() > self.config.limits.max_without_pose:
             return quarantined(f"{missing.mean():.0%} of the frames show a person who could not be re-posed", **figures)
         if not any(fit.ok.any() for fit in fits):
-            return quarantined("nobody could be re-posed", **figures)
+            left = any(there.any() for there in wanted)
+            return quarantined("nobody could be re-posed" if left else "everybody in it is kept visible", **figures)
 
         nearness = [person.nearness for person in people.persons]
         samples = self.config.avatar.samples
@@ -127,7 +151,7 @@ class Anonymizer:
             drawing = Drawing(rgba, depth, person, np.stack(skeletons, 1))
             ground = removal.frames if self.config.refine.context == "scene" else None
             rgba = self.refiner(drawing, [avatar.identity for avatar in avatars], ground)
-        return found(rgba, removal.frames, None, **figures)
+        return found(rgba, private, None, **figures)
 
     def avatar(self, key: str) -> Avatar:
         """Who stands in for the person with this key (`identity_key`)."""

@@ -40,6 +40,7 @@ def make(
     left_out: int,
     context: str,
     start_weights: Mapping[str, Any],
+    people_kept: int = 0,
     eval_overlap: bool = False,
 ) -> dict[str, Any]:
     """The card of a run.
@@ -52,6 +53,7 @@ def make(
         left_out: labelled clips of the split that are in no record.
         context: what the avatars of the dataset were drawn from, one of `layers.CONTEXTS`.
         start_weights: where they come from.
+        people_kept: people whom the user of the anonymizer kept visible.
         eval_overlap: whether the accuracies of the run were allowed to be those of protected records.
 
     Guarantees:
@@ -93,7 +95,7 @@ def make(
         "checkpoint is the one released. Choosing any of them by looking at private results costs privacy that this "
         "card does not count; so does publishing several runs.",
         "start_weights": dict(start_weights),
-        "dataset": {"id": mechanism.dataset, "context": context},
+        "dataset": {"id": mechanism.dataset, "context": context, "people_kept": people_kept},
     }
 
 
@@ -154,6 +156,8 @@ def plain_words(card: Mapping[str, Any]) -> dict[str, Any]:
         if most[who] == 1:
             covered.append(f"the same of one {who}, all of whose clips are one record")
     uncovered = list(card["not_covered"])
+    if kept := card["dataset"].get("people_kept"):
+        uncovered.append(f"{kept} people who were kept visible on purpose: to this model they are part of the scene")
     for who in ("person", "place"):
         if most[who] is None:
             uncovered.append(f"one {who} as a whole: the dataset does not say which clips share one")

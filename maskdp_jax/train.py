@@ -160,6 +160,7 @@ def train(config: TrainConfig, rehearsal: Rehearsal | None = None) -> pathlib.Pa
             clips=used,
             left_out=len(clips) - used,
             context=context,
+            people_kept=int(dataset.metadata.get("people_kept", 0)),
             start_weights=_origin(config, start),
             eval_overlap=config.data.eval_on_protected_records and bool(eval_clips),
         )

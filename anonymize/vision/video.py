@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fractions
 import hashlib
+import itertools
 import os
 import pathlib
 from collections import Counter
@@ -29,12 +30,14 @@ class Video:
         fps: frames a second.
         numbers: (T,) int, which of the decoded frames of the file these are, from 0.
         notes: what was unusual about the file up to here and what was done about it, one line each.
+        start: seconds from the first frame of the file to the first of these.
     """
 
     frames: np.ndarray
     fps: float
     numbers: np.ndarray
     notes: tuple[str, ...] = ()
+    start: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,13 +232,19 @@ def _timed(
 
 
 def clips(
-    path: os.PathLike | str, *, short_side: int | None = None, max_frames: int, fps: float | None = None
+    path: os.PathLike | str,
+    *,
+    short_side: int | None = None,
+    max_frames: int,
+    fps: float | None = None,
+    span: tuple[float, float] | None = None,
 ) -> Iterator[Video]:
     """Consecutive clips of at most `max_frames` frames; no more than one clip is held in memory.
 
     Frames are de-interlaced, upright, have square pixels and even sides, sRGB colours (see `display`), and are scaled
     down (area filter) until the shorter side is at most `short_side` pixels; None keeps the size. With `fps` only so
-    many frames a second are kept, those at or first after each tick; None keeps all. A variable rate becomes a constant
+    many frames a second are kept, those at or first after each tick; None keeps all. With `span` only frames between
+    two times, in seconds from the first frame, and what comes after is not decoded. A variable rate becomes a constant
     one, see `_evenly`. A clip ends at a pause, longer than `PAUSE_SECONDS` and ten frames, where another recording was
     appended, and where the size or orientation of the pictures changes.
 
@@ -248,16 +257,19 @@ def clips(
     frames: list[np.ndarray] = []
     numbers: list[int] = []
     times: list[float] = []
+    begins: list[float] = []  # of the frames, seconds from the first frame of the file
     notes: set[str] = set()
-    shape = start = None
-    ticks = 0
+    shape = start = zero = None
+    ticks, elapsed = 0, 0.0
 
     def clip() -> Iterator[Video]:
         if frames:
             order = list(_evenly(times) if len(times) == len(frames) else range(len(frames)))
             rate = _fps(times or [0.0], stream.average_rate)
-            yield Video(np.stack([frames[i] for i in order]), rate, np.array(numbers)[order], tuple(sorted(notes)))
+            pictures = np.stack([frames[i] for i in order])
+            yield Video(pictures, rate, np.array(numbers)[order], tuple(sorted(notes)), begins[0])
         frames.clear()
+        begins.clear()
         numbers.clear()
         times.clear()
 
@@ -269,6 +281,14 @@ def clips(
             if leap:
                 yield from clip()
                 start, ticks = None, 0
+            if time is not None:
+                if zero is None or (leap and time < zero + elapsed):
+                    zero = time - elapsed
+                elapsed = time - zero
+            if span and elapsed > span[1]:
+                break
+            if span and elapsed < span[0]:
+                continue
             now = frame.width, frame.height, display.sides(stream, frame), display.orientation(frame)
             if shape != now:
                 yield from clip()
@@ -287,6 +307,7 @@ def clips(
             except (av.FFmpegError, ValueError) as error:
                 raise UserError(f"{path}: pictures that cannot be converted ({_reason(error)})") from None
             numbers.append(number)
+            begins.append(elapsed)
             if time is not None:
                 times.append(time)
             if len(frames) == max_frames:
@@ -317,19 +338,28 @@ def probe(path: os.PathLike | str) -> VideoInfo:
         return VideoInfo(width, height, _fps([0.0], stream.average_rate), stream.frames or None, length)
 
 
-def encode(path: os.PathLike | str, frames: Iterable[np.ndarray], fps: float, *, crf: int = 18) -> None:
+def encode(
+    path: os.PathLike | str,
+    frames: Iterable[np.ndarray],
+    fps: float,
+    *,
+    crf: int = 18,
+    times: Iterable[float] | None = None,
+) -> None:
     """Writes an H.264 mp4 (4:2:0), whole or not at all; the same frames give the same bytes.
 
     Args:
         frames: (H, W, 3) uint8 RGB each. H.264 wants even sides: an odd side is padded by repeating its last pixel.
+        fps: frames a second; where `times` are given, only the rate that the header names.
+        times: when each frame is shown, seconds.
         crf: x264's constant rate factor; 0 is the best, 51 the worst.
 
     Raises:
         ValueError: no frames.
     """
     with atomic.writing(path) as aside, av.open(str(aside), "w", format="mp4") as container:
-        stream = None
-        for frame in frames:
+        stream, clock = None, fractions.Fraction(1, 90_000)
+        for frame, time in zip(frames, itertools.repeat(None) if times is None else times):
             height, width = frame.shape[:2]
             if height % 2 or width % 2:
                 frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
@@ -340,7 +370,12 @@ def encode(path: os.PathLike | str, frames: Iterable[np.ndarray], fps: float, *,
                 stream = container.add_stream("libx264", rate=rate, options=options)
                 stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "yuv420p"
                 stream.codec_context.thread_count = 1
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+                if times is not None:
+                    stream.time_base = stream.codec_context.time_base = clock
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            if time is not None:
+                picture.pts, picture.time_base = round(time / float(clock)), clock
+            container.mux(stream.encode(picture))
         if stream is None:
             raise ValueError(f"{path}: no frames to encode")
         container.mux(stream.encode(None))

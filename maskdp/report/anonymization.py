@@ -48,8 +48,10 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     tally = [
         (len(written), "clips written"),
         (len(quarantined), "clips quarantined"),
-        (sum(record["people"] for record in written), "people replaced"),
+        (sum(record["people"] - record.get("people_kept", 0) for record in written), "people replaced"),
     ]
+    if kept := sum(record.get("people_kept", 0) for record in written):
+        tally.append((kept, "people kept visible on purpose: they are real in the private layer"))
     if failed:
         tally.append((len(failed), "files that could not be read"))
     if frames:

@@ -275,7 +275,7 @@ def test_a_full_disk_is_one_line_and_with_more_room_the_run_goes_on(films, disk,
     for size, place, kept in ((24, out, 0), (160, out / layers.SHARDS, 3)):
         resize(size)
         assert anonymize() == 2
-        said = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("anonymize: 3/3")]
+        said = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("anonymize: ")]
         assert said == [
             f"maskdp anonymize: {place}: No space left on device; once it can be written, run again to go on"
         ]
@@ -286,6 +286,74 @@ def test_a_full_disk_is_one_line_and_with_more_room_the_run_goes_on(films, disk,
     assert anonymize() == 0
     assert {file: file.stat().st_mtime_ns for file in (out / "work").glob("*.npz")} == kept
     assert len(layers.Dataset(out)["train"]) == 3
+
+
+def test_one_video_is_shown_soon_exported_and_its_progress_counted_in_frames(tmp_path, capfd, monkeypatch):
+    """A span of it; a second run makes only what is missing."""
+    monkeypatch.setattr(command, "PREVIEW", 3)
+    path, out = film(tmp_path / "one.mp4", "wave", frames=20), tmp_path / "out"
+    options = ["--span", "0.5-1.64", "--video.max_frames", "8", "--export", "mp4", *SMALL]
+    assert cli.main(["anonymize", str(path), "--out", str(out), *options]) == 0
+    said = capfd.readouterr()
+    assert f"preview: {out / 'preview.jpg'}" in said.err
+    assert cv2.imread(str(out / "preview.jpg")).shape[1] == 3 * WIDTH
+    assert "anonymize: 11/11 in" in said.err
+    first, second = records(out)
+    assert [first["frames"], second["frames"]] == [8, 4]
+    made = {file: file.stat().st_mtime_ns for file in (out / "mp4").iterdir()}
+    assert len(made) == 3
+    (shown,) = video.clips(next(file for file in made if "composite" in file.name), max_frames=1000)
+    assert (len(shown.frames), shown.fps) == (12, 10)
+    assert not (out / "lab_only").exists()
+    options[options.index("mp4")] = "lab"
+    assert cli.main(["anonymize", str(path), "--out", str(out), *options]) == 0
+    said = capfd.readouterr()
+    assert {file: file.stat().st_mtime_ns for file in made} == made
+    assert "never release" in said.out
+    assert "preview" not in said.err
+    assert len(list((out / "lab_only").iterdir())) == 1
+    assert all(record["people_kept"] == 0 for record in records(out))
+
+
+class HalvesFinder(RedFinder):
+    """Takes what is red in the left and in the right half for two people."""
+
+    def find(self, frames: np.ndarray, fps: float) -> People:
+        found = super().find(frames, fps)
+        (both,), persons = found.persons, []
+        for track, half in enumerate((slice(0, WIDTH), slice(WIDTH, None))):
+            masks = np.zeros_like(both.masks)
+            masks[:, :, half] = both.masks[:, :, half]
+            boxes = np.tile(np.float32([half.start, 0, half.stop or 2 * WIDTH, HEIGHT]), (len(masks), 1))
+            persons.append(dataclasses.replace(both, track_id=track, masks=masks, boxes=boxes))
+        return dataclasses.replace(found, persons=tuple(persons))
+
+
+def test_who_is_kept_is_recorded_and_only_in_one_video(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(pipeline, "EmbeddedFinder", HalvesFinder)
+    (alone,) = video.clips(film(tmp_path / "alone.mp4"), max_frames=100)
+    path, out = tmp_path / "two.mp4", tmp_path / "out"
+    video.encode(path, np.concatenate([alone.frames, alone.frames[:, :, ::-1]], 2), 10.0, crf=8)
+
+    def anonymize(*options: str) -> int:
+        return cli.main(["anonymize", str(path), "--out", str(out), *SMALL, *options])
+
+    assert anonymize("--keep", f"0.2@{WIDTH // 2},{HEIGHT // 2}") == 0
+    assert [record["people_kept"] for record in records(out)] == [1]
+    dataset = layers.Dataset(out)
+    assert dataset.metadata["people_kept"] == 1
+    clip = dataset["train"].clip(0)
+    red = (clip.private[..., 0].astype(int) - clip.private[..., 1]) > 60
+    assert red[:, :, :WIDTH].any((1, 2)).all()
+    assert not red[:, :, WIDTH:].any()
+    assert not clip.rgba[:, :, : WIDTH // 2].any()
+    assert clip.rgba[:, :, WIDTH:].any((1, 2, 3)).all()
+    assert anonymize("--only", f"0.2@{WIDTH},0,{2 * WIDTH},{HEIGHT}") == 0
+    assert np.array_equal(layers.Dataset(out)["train"].clip(0).private, clip.private)
+    capfd.readouterr()
+    assert anonymize("--keep", "0.2@5000,2") == 1
+    assert "failed, nobody at 0.2 s where --keep" in capfd.readouterr().err
+    assert cli.main(["anonymize", str(path), str(path), "--out", str(out), "--only", "0@1,1"]) == 2
 
 
 def test_quarantine_alone_is_no_failure(tmp_path, capfd):
@@ -306,6 +374,9 @@ def test_quarantine_alone_is_no_failure(tmp_path, capfd):
         (["missing.mp4", "--out", "OUT", "--colour", "red"], "--colour"),
         (["missing.mp4", "--out", "OUT", "--fit.steps", "0"], "FitConfig.steps: 0"),
         (["missing.mp4", "--out", "OUT", "--limits.max_blanked", "7"], "limits.max_blanked: 7"),
+        (["missing.mp4", "--out", "OUT", "--span", "7-3"], "--span: '7-3', expected two times"),
+        (["missing.mp4", "--out", "OUT", "--keep", "left"], "--keep: 'left', expected SECONDS@X,Y"),
+        (["broken.csv", "--out", "OUT", "--export", "avi"], "export: 'avi', expected"),
         (["missing.mp4", "--out", "OUT", "--config_path", "none.yaml"], "none.yaml: no such config file"),
         (["broken.csv", "--out", "OUT"], "entry 1 has no path"),
         (["EMPTY", "--out", "OUT"], "no video in this folder"),

@@ -359,6 +359,18 @@ def test_a_recording_that_starts_late_is_whole(tmp_path):
     assert len(clip.frames) == 30
 
 
+@pytest.mark.parametrize("fps", [None, 12.5])
+def test_a_span_is_what_lies_between_two_times(tmp_path, fps):
+    write(tmp_path / "a.mkv", moving_bars(50), "libx264", times=range(7, 57))
+    (whole,) = read(tmp_path / "a.mkv")
+    (part,) = read(tmp_path / "a.mkv", span=(0.4, 1.2), fps=fps)
+    kept = range(10, 31, 2 if fps else 1)
+    assert np.array_equal(part.numbers, kept)
+    assert np.array_equal(part.frames, whole.frames[list(kept)])
+    assert (whole.start, part.start) == pytest.approx((0, 0.4))
+    assert read(tmp_path / "a.mkv", span=(9.0, 10.0)) == []
+
+
 def expect_one_line(path, *words):
     with pytest.raises(UserError) as raised:
         read(path)
