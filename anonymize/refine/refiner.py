@@ -150,7 +150,8 @@ class WanConfig(DiffusionConfig):
 
     Attributes:
         guidance: weight of the prompt.
-        length: frames drawn at once, 4n + 1; a longer clip goes on from the last frames drawn.
+        length: frames drawn at once, 4n + 1, from 17 to 145; a longer clip goes on from the last frames drawn, and a
+            shorter one is padded with its last frame.
     """
 
     guidance: float = 5.0
@@ -159,8 +160,8 @@ class WanConfig(DiffusionConfig):
     def __post_init__(self):
         super().__post_init__()
         positive(self, "guidance")
-        if self.length % 4 != 1 or self.length < 13:
-            raise UserError(f"refine.length: {self.length}, expected 4n + 1 frames, 13 or more")
+        if self.length % 4 != 1 or not 17 <= self.length <= 145:
+            raise UserError(f"refine.length: {self.length}, expected 4n + 1 frames, from 17 to 145")
 
 
 @RefineConfig.register_subclass("wan_vace")

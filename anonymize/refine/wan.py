@@ -7,6 +7,7 @@ from anonymize.refine.refiner import NEGATIVE_PROMPT, AnimateConfig, Portrait, V
 from anonymize.vision import diffusion
 
 OVERLAP = 5  # frames of one stretch that the next goes on from, 4n + 1
+SHORTEST = 17  # frames; of fewer, Wan VACE makes nothing of use
 TOKENS = 512  # of a prompt; Wan's transformers are built for it
 
 
@@ -68,7 +69,7 @@ class Vace:
     def _drawn(self, video: np.ndarray, mask: np.ndarray, portrait: Portrait) -> np.ndarray:
         import torch
 
-        spare = -(len(video) - 1) % 4
+        spare = max(SHORTEST - len(video), -(len(video) - 1) % 4)
         video, mask = (np.concatenate([array, array[-1:].repeat(spare, 0)]) for array in (video, mask))
         size = video.shape[1]
         result = self.pipeline(

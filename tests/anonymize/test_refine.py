@@ -31,8 +31,8 @@ def refiners(tiny):
         "sd": ControlNetConfig(folder=tiny("sd_control"), **one).load(),
         "sd_three": ControlNetConfig(folder=tiny("sd_controls"), controls=("pose", "depth", "canny"), **one).load(),
         "sdxl": ControlNetConfig(folder=tiny("sdxl_control"), **one).load(),
-        "wan_vace": VaceConfig(folder=tiny("vace"), length=13, **small).load(),
-        "wan_animate": AnimateConfig(folder=tiny("animate"), length=13, **small).load(),
+        "wan_vace": VaceConfig(folder=tiny("vace"), length=17, **small).load(),
+        "wan_animate": AnimateConfig(folder=tiny("animate"), length=17, **small).load(),
     }
 
 
@@ -147,8 +147,8 @@ def test_prompts_tell_of_the_identity_alone():
 
 
 def test_a_clip_longer_than_the_video_model_takes_goes_on_from_what_was_drawn(tiny):
-    """Wan VACE in stretches of 13: the second is given the last 5 frames of the first as they were drawn."""
-    backend = wan.Vace(VaceConfig(folder=tiny("vace"), steps=1, size=64, length=13))
+    """Wan VACE in stretches of 17: the second is given the last 5 frames of the first as they were drawn."""
+    backend = wan.Vace(VaceConfig(folder=tiny("vace"), steps=1, size=64, length=17))
     given, draw = [], backend._drawn
 
     def spy(video, mask, portrait):
@@ -156,15 +156,63 @@ def test_a_clip_longer_than_the_video_model_takes_goes_on_from_what_was_drawn(ti
         return draw(video, mask, portrait)
 
     backend._drawn = spy
-    drawing = drawn(18)
+    drawing = drawn(24)
     portraits = []
     Refiner(backend.config, lambda portrait: portraits.append(portrait) or portrait.views, ("depth",))(drawing, [ANN])
     redrawn = backend(portraits[0])
-    assert [len(video) for video, _ in given] == [13, 9]
-    assert np.array_equal(given[1][0][:5], redrawn[8:13])
+    assert [len(video) for video, _ in given] == [17, 11]
+    assert np.array_equal(given[1][0][:5], redrawn[12:17])
     assert not given[1][1][:5].any()
     assert given[1][1][5:].any((1, 2, 3)).all()
     assert redrawn.shape == portraits[0].views.shape
+
+
+@pytest.mark.parametrize(("frames", "drawn_at_once"), [(1, 17), (9, 17), (17, 17), (18, 21), (21, 21)])
+def test_the_video_model_is_given_as_many_frames_as_it_takes(tiny, frames, drawn_at_once):
+    """4n + 1 of them, 17 or more, sides divisible by 32; what was padded is cut off again."""
+    backend = wan.Vace(VaceConfig(folder=tiny("vace"), steps=1, size=70, length=21))
+    given = {}
+
+    class Result:
+        frames = np.random.default_rng(0).uniform(size=(1, drawn_at_once, 64, 64, 3))
+
+    backend.pipeline = type(
+        "Spy",
+        (),
+        {
+            "__call__": lambda self, **options: given.update(options) or Result,
+            "tokenizer": backend.pipeline.tokenizer,
+            "text_encoder": backend.pipeline.text_encoder,
+        },
+    )()
+    portraits = []
+    Refiner(backend.config, lambda portrait: portraits.append(portrait) or portrait.views, ("depth",))(
+        drawn(frames + 1), [ANN]
+    )
+    redrawn = backend(portraits[0])
+    assert given["num_frames"] == len(given["video"]) == len(given["mask"]) == drawn_at_once
+    assert given["height"] % 32 == given["width"] % 32 == 0
+    assert given["video"][-1] == given["video"][frames - 1]
+    assert np.array_equal(redrawn, (Result.frames[0, :frames] * 255).round())
+
+
+@pytest.mark.parametrize("strength", [0.5, 0.99])
+@pytest.mark.parametrize("kind", ["sd_control", "sdxl_control", "vace"])
+def test_what_lies_behind_an_avatar_cannot_be_recovered(tiny, kind, strength):
+    """In view of the scene, too: a secret colour under the avatar changes no byte; outside of it nothing is drawn."""
+    if kind == "vace":
+        refiner = VaceConfig(folder=tiny(kind), length=17, steps=2, size=64, context="scene").load()
+    else:
+        refiner = ControlNetConfig(folder=tiny(kind), steps=4, size=64, strength=strength, context="scene").load()
+    drawing = drawn()
+    scenes = [np.full((3, 48, 48, 3), 90, np.uint8) for _ in range(2)]
+    scenes[1][drawing.rgba[..., 3] == 255] = (255, 0, 255)
+    one, two = (refiner(drawing, [ANN], scene) for scene in scenes)
+    assert one.tobytes() == two.tobytes()
+    assert not one[drawing.rgba[..., 3] == 0].any()
+    for scene in scenes:
+        shown = layers.composite(one, scene)
+        assert np.array_equal(shown[drawing.rgba[..., 3] == 0], scene[drawing.rgba[..., 3] == 0])
 
 
 def test_the_face_of_the_avatar_is_cut_out_where_it_is_seen():
