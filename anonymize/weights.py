@@ -8,12 +8,14 @@ no `weights.json`. Nothing but safetensors is ever loaded, and only `maskdp weig
 """
 
 import dataclasses
+import fnmatch
 import functools
 import hashlib
 import json
 import os
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 from maskdp import atomic, config
@@ -95,18 +97,27 @@ def _checked(folder: pathlib.Path, part: str) -> dict[str, str]:
             f"{place}: no model here, expected config.json and safetensors such as those of {PARTS[part]} "
             "(maskdp weights fetch)"
         )
-    found = _checksums(place)
-    recorded = _record(folder).get(part)
+    return held_against_record(folder, part)
+
+
+def held_against_record(folder: pathlib.Path, part: str) -> dict[str, str]:
+    """SHA-256 of each file of FOLDER/PART, by name. What FOLDER/weights.json does not record is only listed.
+
+    Raises:
+        UserError: a file is not the recorded one, is missing, or was added.
+    """
+    found = _checksums(folder / part)
+    recorded = record(folder).get(part)
     if recorded:
         for name in sorted(found.keys() | recorded["files"].keys()):
             if found.get(name) != recorded["files"].get(name):
-                raise UserError(f"{place / name}: is not the file that {folder / RECORD} records")
+                raise UserError(f"{folder / part / name}: is not the file that {folder / RECORD} records")
     return found
 
 
 @functools.cache
 def _checksums(place: pathlib.Path) -> dict[str, str]:
-    return {file.name: sha256(file) for file in sorted(place.iterdir()) if file.is_file()}
+    return {str(file.relative_to(place)): sha256(file) for file in sorted(place.rglob("*")) if file.is_file()}
 
 
 def sha256(file: pathlib.Path) -> str:
@@ -115,19 +126,24 @@ def sha256(file: pathlib.Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _record(folder: pathlib.Path) -> dict[str, Any]:
+def record(folder: pathlib.Path) -> dict[str, Any]:
+    """What FOLDER/weights.json records: repository, revision and files of each part; nothing where it is missing.
+
+    Raises:
+        UserError: it is there and says something else.
+    """
     file = folder / RECORD
     if not file.exists():
         return {}
     try:
-        record = json.loads(file.read_text())
-        for part in record.values():
+        recorded = json.loads(file.read_text())
+        for part in recorded.values():
             part["repository"], part["revision"], part["files"].items()
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise UserError(
             f"{file}: not a record of weights, expected repository, revision and files of each part"
         ) from None
-    return record
+    return recorded
 
 
 # ------------------------------------------------------------------------------------------------------------- fetching
@@ -142,49 +158,68 @@ def fetch(folder: pathlib.Path) -> None:
     Raises:
         UserError: no connection, no such repository or commit, or a file that differs.
     """
-    from huggingface_hub.errors import HTTPError
-
     for part, repository in PARTS.items():
-        record = _record(folder)
-        if (folder / part).is_dir():
-            if part not in record:
-                raise UserError(
-                    f"{folder / part}: is there, but {folder / RECORD} does not record it; move it away first"
-                )
-            _checked(folder, part)
-            print(f"{folder / part}: there already, {record[part]['repository']} at {record[part]['revision']}")
+        if there_already(folder, part):
             continue
-        pins = record.get(part, {"repository": repository, "revision": None, "files": None})
-        try:
-            pins = _fetch_part(folder / part, pins)
-        except UserError:
-            raise
-        except (HTTPError, OSError, ValueError) as error:
-            reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
-            raise UserError(f"{pins['repository']}: cannot be fetched ({reason})") from None
-        atomic.write_json(folder / RECORD, {**record, part: pins})
+        with atomic.folder(folder / part) as aside:
+            pins = download(aside, repository, record(folder).get(part), is_model_file)
+        atomic.write_json(folder / RECORD, {**record(folder), part: pins})
         print(f"{folder / part}: {pins['repository']} at {pins['revision']}")
 
 
-def _fetch_part(place: pathlib.Path, pins: dict[str, Any]) -> dict[str, Any]:
-    """One part from the Hub into `place`; its complete pins."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.utils import filter_repo_objects
+def there_already(folder: pathlib.Path, part: str) -> bool:
+    """Whether FOLDER/PART was fetched before; a line says so.
 
-    repository = pins["repository"]
-    info = HfApi().model_info(repository, revision=pins["revision"], files_metadata=True)
-    files = {file.rfilename: file for file in info.siblings if "/" not in file.rfilename}
-    wanted = sorted(filter_repo_objects(files, allow_patterns=list(_WANTED)))
-    if not any(name.endswith(".safetensors") for name in wanted):
-        raise UserError(f"{repository}: holds no safetensors at {info.sha}")
-    with atomic.folder(place) as aside:
-        snapshot_download(repository, revision=info.sha, local_dir=aside, allow_patterns=wanted)
-        shutil.rmtree(aside / ".cache", ignore_errors=True)
-        found = {file.name: sha256(file) for file in sorted(aside.iterdir())}
-        expected = pins["files"] or {name: _hub_checksum(files[name], aside / name, found[name]) for name in found}
-        for name in sorted(expected.keys() | found.keys() | set(wanted)):
-            if found.get(name) != expected.get(name):
-                raise UserError(f"{repository}: {name} at {info.sha} is not the file that was expected")
+    Raises:
+        UserError: it is there, and is not what `weights.json` records.
+    """
+    if not (folder / part).is_dir():
+        return False
+    pins = record(folder).get(part)
+    if not pins:
+        raise UserError(f"{folder / part}: is there, but {folder / RECORD} does not record it; move it away first")
+    held_against_record(folder, part)
+    print(f"{folder / part}: there already, {pins['repository']} at {pins['revision']}")
+    return True
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a file of a repository belongs to a transformers model that lies at its top."""
+    return "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in _WANTED)
+
+
+def download(
+    place: pathlib.Path, repository: str, pins: dict[str, Any] | None, wanted: Callable[[str], bool]
+) -> dict[str, Any]:
+    """Gets the wanted files of a repository from the Hub into `place`; its complete pins.
+
+    Args:
+        pins: repository, revision and files as they were recorded; None: today's head, held against the Hub's listing.
+
+    Raises:
+        UserError: no connection, no such repository or commit, no safetensors, or a file that differs.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HTTPError
+
+    repository, revision, expected = (
+        (pins["repository"], pins["revision"], pins["files"]) if pins else (repository, None, None)
+    )
+    try:
+        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+        files = {file.rfilename: file for file in info.siblings if wanted(file.rfilename)}
+        if not any(name.endswith(".safetensors") for name in files):
+            raise UserError(f"{repository}: holds no safetensors at {info.sha}")
+        snapshot_download(repository, revision=info.sha, local_dir=place, allow_patterns=sorted(files))
+    except (HTTPError, OSError, ValueError) as error:
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        raise UserError(f"{repository}: cannot be fetched ({reason})") from None
+    shutil.rmtree(place / ".cache", ignore_errors=True)
+    found = {name: sha256(place / name) for name in sorted(files) if (place / name).is_file()}
+    expected = expected or {name: _hub_checksum(files[name], place / name, found[name]) for name in found}
+    for name in sorted(expected.keys() | found.keys() | files.keys()):
+        if found.get(name) != expected.get(name):
+            raise UserError(f"{repository}: {name} at {info.sha} is not the file that was expected")
     return {"repository": repository, "revision": info.sha, "files": found}
 
 
@@ -202,17 +237,19 @@ class FetchConfig:
 
     Attributes:
         out: the folder; empty: `$MASKDP_WEIGHTS`, or `maskdp/weights` in the user's cache.
+        kind: of `refine`: `sd`, `sdxl` or `vace`.
     """
 
     out: str = ""
+    kind: str = "sd"
 
 
-SETS = ("models", "blazepose")
+SETS = ("models", "blazepose", "refine")
 USAGE = f"maskdp weights fetch [{'|'.join(SETS)}] [--out DIR]"
 
 
 def main(arguments: list[str]) -> int:
-    """`maskdp weights fetch [models|blazepose] [--out DIR]`: `fetch`, or `blazepose.wheel.fetch`."""
+    """`maskdp weights fetch [models|blazepose|refine] [--out DIR]`: `fetch`, or that of `wheel` or `refine.hub`."""
     if not arguments or arguments[0] != "fetch":
         raise UserError(f"expected: {USAGE}")
     named = arguments[1:2] if arguments[1:2] and not arguments[1].startswith("-") else []
@@ -222,6 +259,10 @@ def main(arguments: list[str]) -> int:
         from anonymize.people.blazepose import wheel
 
         wheel.fetch(folder / "blazepose")
+    elif named == ["refine"]:
+        from anonymize.refine import hub
+
+        hub.fetch(folder / "refine", settings.kind)
     elif named in ([], ["models"]):
         fetch(folder)
     else:

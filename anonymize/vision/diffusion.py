@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
+from anonymize import weights
 from maskdp.errors import UserError
 
 
@@ -39,9 +40,13 @@ def load(key: str, folder: str, classes: Sequence[str]):
     """The pipeline saved in a folder (by `save_pretrained` of diffusers), on the GPU where there is one.
 
     Raises:
-        UserError: as `check`; or the pipeline is incomplete, or has weights that are not safetensors.
+        UserError: as `check`; or the pipeline is incomplete, is not what `maskdp weights fetch refine` recorded beside
+            it, or has weights that are not safetensors.
     """
     saved = check(key, folder, classes)
+    place = pathlib.Path(folder).resolve()
+    if place.name in weights.record(place.parent):
+        weights.held_against_record(place.parent, place.name)
     import diffusers
     import torch
     import transformers

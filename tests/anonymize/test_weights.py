@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,6 +13,8 @@ import threading
 import pytest
 
 from anonymize import weights
+from anonymize.refine import hub as refine_hub
+from anonymize.refine.refiner import ControlNetConfig
 from maskdp.errors import UserError
 
 COMMITS = {repository: hashlib.sha1(repository.encode()).hexdigest() for repository in weights.PARTS.values()}
@@ -46,8 +49,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             siblings = [{**file, "rfilename": file["path"], "blobId": file["oid"]} for file in files]
             answer = files if parts[4:5] == ["tree"] else {"id": repository, "sha": sha, "siblings": siblings}
             self._send(json.dumps(answer).encode(), body, sha)
-        elif parts[-1] in self.served:
-            self._send(self.served[parts[-1]], body, parts[3])
+        elif (name := "/".join(parts[4:])) in self.served:
+            self._send(self.served[name], body, parts[3])
         else:
             self.send_error(404)
 
@@ -82,10 +85,10 @@ def hub():
     server.server_close()
 
 
-def fetch(url: str, out: pathlib.Path, **environment) -> subprocess.CompletedProcess:
+def fetch(url: str, out: pathlib.Path, *arguments: str, **environment) -> subprocess.CompletedProcess:
     """The command in a process of its own, since the client reads its endpoint when it is imported."""
     fresh = {"HF_ENDPOINT": url, "HF_HOME": str(out.parent / "hf"), "HF_HUB_DISABLE_XET": "1", **environment}
-    command = [sys.executable, "-m", "maskdp", "weights", "fetch", "--out", str(out)]
+    command = [sys.executable, "-m", "maskdp", "weights", "fetch", *arguments, "--out", str(out)]
     return subprocess.run(command, env={**os.environ, **fresh}, capture_output=True, text=True, timeout=120)
 
 
@@ -144,6 +147,45 @@ def test_without_safetensors_or_without_a_network_it_is_one_line(hub, tmp_path):
     assert "holds no safetensors" in last_line(fetch(hub.url, tmp_path / "weights"))
     finished = fetch("http://127.0.0.1:9", tmp_path / "weights", HF_HUB_OFFLINE="1")
     assert f"{weights.PARTS['detector']}: cannot be fetched" in last_line(finished)
+
+
+def test_a_pipeline_for_the_refinement_is_put_together_pinned_and_checked(hub, tmp_path, tiny):
+    """Inpainting and ControlNet come from two repositories; what lies there then is what the refinement loads."""
+    base, net = pathlib.Path(tiny("sd_inpaint")), pathlib.Path(tiny("sd_control")) / "controlnet"
+    files = {str(file.relative_to(base)): file.read_bytes() for file in base.rglob("*") if file.is_file()}
+    files |= {file.name: file.read_bytes() for file in net.iterdir()}
+    unwanted = {
+        "v1-5-pruned.safetensors": b"1",
+        "unet/diffusion_pytorch_model.fp16.safetensors": b"2",
+        "unet/a.bin": b"3",
+    }
+    hub.listed = hub.served = files | unwanted
+    pipeline = refine_hub.PIPELINES["sd"]
+    hub.heads = {pipeline.repository: "a" * 40, pipeline.controlnet: "b" * 40}
+    out = tmp_path / "weights"
+    finished = fetch(hub.url, out, "refine", "--kind", "sd")
+    assert finished.returncode == 0, finished.stderr
+    place = out / "refine" / "sd"
+    assert not [name for name in unwanted if (place / name).exists()]
+    ControlNetConfig(folder=str(place), size=64, steps=2).load()
+    record = weights.record(out / "refine")
+    assert record["sd"]["revision"] == "a" * 40
+    assert record["sd controlnet"]["revision"] == "b" * 40
+
+    hub.heads = dict.fromkeys(hub.heads, "f" * 40)  # the repositories go on
+    shutil.rmtree(place)
+    assert fetch(hub.url, out, "refine", "--kind", "sd").returncode == 0
+    assert weights.record(out / "refine") == record
+    weight = next(place.glob("unet/*.safetensors"))
+    weight.write_bytes(weight.read_bytes()[:-1] + b"!")
+    weights._checksums.cache_clear()
+    with pytest.raises(UserError, match=r"unet/.* is not the file that .*weights.json records"):
+        ControlNetConfig(folder=str(place), size=64, steps=2).load()
+    shutil.rmtree(place)
+    hub.served = {**hub.served, "vae/config.json": b"{}"}
+    assert "vae/config.json at " in last_line(fetch(hub.url, out, "refine", "--kind", "sd"))
+    assert not place.exists()
+    assert "--kind: 'flux', expected one of sd" in last_line(fetch(hub.url, out, "refine", "--kind", "flux"))
 
 
 @pytest.mark.parametrize("arguments", [[], ["remove"]])
