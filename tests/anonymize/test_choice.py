@@ -83,6 +83,20 @@ def test_nobody_at_a_place_is_an_error(place, message):
         choice.kept(scene(LEFT, person(1, [10] * TOTAL)), [(0, click())], [])
 
 
+def test_nothing_is_shown_of_who_is_not_kept_however_near(monkeypatch):
+    monkeypatch.setattr(choice, "MARGIN", 0.1)
+    near = person(1, [24] * TOTAL)  # two pixels from the one on the left
+    people = scene(LEFT, near)
+    kept = np.array([[True] * TOTAL, [False] * TOTAL])
+    blanked = np.arange(TOTAL) == 5
+    shown = choice.shown(people, kept, blanked)
+    assert not shown[near.masks].any()
+    assert not shown[:, :, 24:].any()
+    assert not shown[5].any()
+    assert shown[0, 12:56, :14].any()
+    assert not choice.shown(people, ~kept & False, blanked).any()
+
+
 @pytest.fixture(scope="module")
 def anonymizer():
     config = PipelineConfig(fit=FitConfig(library=300, steps=4))

@@ -11,7 +11,7 @@ from maskdp_jax.mechanism import Mechanism
 from maskdp_jax.train import make_mechanism
 
 
-def make(toy, tmp_path, objective="maskdp", context="none", most=None, **changes):
+def make(toy, tmp_path, objective="maskdp", context="none", most=None, kept=0, **changes):
     words = toy.arguments(tmp_path, tmp_path, objective, **changes)
     config = config_files.parse(TrainConfig, words, "train")
     mechanism = make_mechanism(config, 200, "0" * 32)
@@ -23,6 +23,7 @@ def make(toy, tmp_path, objective="maskdp", context="none", most=None, **changes
         left_out=0,
         context=context,
         start_weights={"from": "random"},
+        people_kept=kept,
     )
 
 
@@ -37,6 +38,12 @@ def test_epsilon_is_the_mechanisms(toy, tmp_path):
 def test_calibrated_noise_keeps_to_epsilon(toy, tmp_path):
     made = make(toy, tmp_path, objective__noise_multiplier=None, objective__epsilon=0.5)
     assert 0.49 < made["epsilon"] <= 0.5
+
+
+def test_people_who_were_kept_visible_are_named_as_part_of_the_scene(toy, tmp_path):
+    said = [" ".join(card.plain_words(make(toy, tmp_path, kept=kept))["uncovered"]) for kept in (0, 3)]
+    assert "kept visible" not in said[0]
+    assert "3 people who were kept visible on purpose" in said[1]
 
 
 def test_says_whether_the_release_is_exact(toy, tmp_path):
