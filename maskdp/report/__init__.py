@@ -12,7 +12,7 @@ import jinja2
 
 from maskdp import __version__, atomic, layers
 from maskdp.errors import UserError
-from maskdp.report import anonymization, page, pictures, review
+from maskdp.report import anonymization, audits, page, pictures, review
 from maskdp.report import runs as run_folders
 
 CLIPS = 4
@@ -94,6 +94,7 @@ def render(
         plots=plots,
         legend=legend,
         cards=page.cards(table),
+        audits=audits.shown(table, private=dataset is not None),
         anonymization=summary,
         provenance=page.provenance(table, dataset),
         runs=page.every_run(runs),

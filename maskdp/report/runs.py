@@ -18,6 +18,7 @@ CONFIG = "config.yaml"
 CARD = "privacy_card.json"
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
+AUDIT = "audit.json"
 
 NOT_SETTINGS = ("seed", "out")
 """Keys in which runs of one configuration may differ."""
@@ -50,6 +51,7 @@ class Run:
         card: its privacy card.
         result: final figures.
         metrics: one record a logged step.
+        audit: what `maskdp audit` found; empty where none was made.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Run:
     card: Mapping[str, Any]
     result: Mapping[str, Any]
     metrics: tuple[Mapping[str, Any], ...]
+    audit: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def objective(self) -> str:
@@ -95,11 +98,12 @@ def load(folder: str | pathlib.Path) -> Run:
     try:
         config = yaml.safe_load((folder / CONFIG).read_text())
         card, result = (json.loads((folder / name).read_text()) for name in (CARD, RESULT))
+        audit = json.loads((folder / AUDIT).read_text()) if (folder / AUDIT).exists() else {}
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"{folder}: cannot be read ({' '.join(str(error).split())})") from None
     if "dataset" not in card or "dataset" not in result:
         raise UserError(f"{folder}: of an older version, whose card is not to be released; expected a run made again")
-    return Run(folder.resolve().name, config, card, result, tuple(_lines(folder / METRICS)))
+    return Run(folder.resolve().name, config, card, result, tuple(_lines(folder / METRICS)), audit)
 
 
 def _lines(path: pathlib.Path) -> Iterable[dict[str, Any]]:

@@ -66,7 +66,8 @@ def attacks(rehearsed: Rehearsed, delta: float) -> list[Attack]:
     for name, scores, linear in scored:
         found = attack(name, scores, rehearsed.coins, delta, error)
         if linear is not None and len(found.there) and len(found.absent):
-            bound = gaussian(linear[rehearsed.coins], linear[~rehearsed.coins], delta, error)
+            there, absent = (linear[coins & np.isfinite(linear)] for coins in (rehearsed.coins, ~rehearsed.coins))
+            bound = gaussian(there, absent, delta, error)
             found = dataclasses.replace(found, bounds=found.bounds | {"Gaussian": bound})
         made.append(found)
     return made
@@ -86,7 +87,7 @@ def attack(
 
 
 def _scores(rehearsed: Rehearsed) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
-    """Of each adversary: a name, scores of the canaries, and linear ones if those are normal enough for `gaussian`."""
+    """Of each adversary: a name, scores, and linear ones (NaN: no guess) if those are normal enough for `gaussian`."""
     mechanism, signals = rehearsed.mechanism, rehearsed.signals.astype(np.float64)
     q, variance = mechanism.sampling_prob, mechanism.noise_multiplier**2
     opposed = mechanism.sensitivity == 2
@@ -103,7 +104,7 @@ def _scores(rehearsed: Rehearsed) -> Iterator[tuple[str, np.ndarray, np.ndarray 
         times = rehearsed.public.sum(axis=0)
         known = np.where(rehearsed.public, signals, 0).sum(axis=0)
         ratio = 2 * known if opposed else known - times / 2
-        linear = known / np.sqrt(np.maximum(times, 1)) if times.min() >= 1 else None
+        linear = np.where(times > 0, known / np.sqrt(np.maximum(times, 1)), np.nan)
         yield "likelihood ratio, batches read off the public gradients", ratio, linear
 
 

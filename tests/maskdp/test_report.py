@@ -320,3 +320,39 @@ def test_a_broken_audit_is_one_line(folder, tmp_path):
     (tmp_path / "data" / review.AUDIT).write_text("{}")
     with pytest.raises(UserError, match=r"audit\.json: cannot be read"):
         report.render_review(tmp_path / "data", None, 2)
+
+
+def write_audit(folder, holds=True):
+    """What `maskdp audit` leaves in a run's folder."""
+    findings = [
+        {"check": "noise is stated", "holds": holds, "found": "0.998", "claimed": "1", "private": False},
+        {"check": "terms are bounded", "holds": True, "found": "0.7321 C", "claimed": "1 C", "private": True},
+    ]
+    attack = {"name": "sum", "bounds": {"one run": 0.1234}, "false": [0, 0.25, 1], "true": [0, 0.5, 1]}
+    (folder / runs.AUDIT).write_text(json.dumps({"maskdp": "0", "findings": findings, "attacks": [attack]}))
+
+
+def test_what_attacks_found_is_shown_and_private_findings_only_with_the_data(folder, tmp_path):
+    write_run(tmp_path / "run", "maskdp", 0, 0.5)
+    write_audit(tmp_path / "run")
+    run = runs.load(tmp_path / "run")
+    released, own = report.render([run]), report.render([run], folder / "data")
+    for html in (released, own):
+        assert "ε ≥ 0.12; the card claims ε = 0.5" in html
+        assert 'points="0.00,100.00 25.00,50.00 100.00,0.00"' in html
+    assert "0.7321" in own
+    assert "0.7321" not in released
+    assert "All 1 checks hold." in released
+
+
+def test_a_failed_check_is_said(tmp_path):
+    write_run(tmp_path / "run", "maskdp", 0, 0.5)
+    write_audit(tmp_path / "run", holds=False)
+    html = report.render([runs.load(tmp_path / "run")])
+    assert "1 of 1 checks failed." in html
+    assert "FAILS" in html
+
+
+def test_no_audit_no_section(tmp_path):
+    write_run(tmp_path / "run", "maskdp", 0, 0.5)
+    assert "What attacks found" not in report.render([runs.load(tmp_path / "run")])
