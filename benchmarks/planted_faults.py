@@ -285,7 +285,7 @@ FAULTS = {
     "drawn_batch": Fault(
         "division by the size of the batch drawn",
         _patched(step, "release", _divided_by_the_drawn_batch),
-        _VARIANCE,
+        "the noise does not depend on the size of the batch drawn",
         settings={"optim__batch": 20},
     ),
     "shared_batch": Fault(

@@ -53,14 +53,14 @@ def read_batches(records: int, batch: int, steps: int) -> dict[str, float]:
         return jax.lax.map(lambda record: _flat(one(record)), views)
 
     named = missed = false = 0
-    for number in range(steps):
+    for _ in range(steps):
         members = np.flatnonzero(rng.random(records) < mechanism.sampling_prob)
         padded = np.append(members, 0)
         rows = Views(*(array[padded] for array in views))._replace(padding=np.arange(len(padded)) == len(members))
-        keys = jax.random.split(jax.random.key(number), 2)
-        state = advance(state, layout.shard(step.StepBatch(rows, None)), keys)[0]
+        key = rng.integers(0, 2**32, 8, np.uint32)
+        state = advance(state, layout.shard(step.StepBatch(rows, None)), key)[0]
         before = jax.tree.map(np.asarray, state.weights.theta)
-        state = advance(state, layout.shard(step.StepBatch(None, rows)), keys)[0]
+        state = advance(state, layout.shard(step.StepBatch(None, rows)), key)[0]
         moved = (_flat(before) - _flat(state.weights.theta)) * mechanism.public_divisor / rate
         solved = np.linalg.lstsq(np.asarray(public_gradients(before), np.float64).T, np.asarray(moved, np.float64))[0]
         guessed = solved > 0.5

@@ -70,6 +70,16 @@ def _noise(rehearsed: Rehearsed) -> Iterator[_Test]:
         f"mean square of {width} means over {steps} steps {np.mean(mean**2):.2g}",
         f"{1 / steps:.2g} (χ²)",
     )
+    size = rehearsed.private.sum(axis=1) - rehearsed.private.sum(axis=1).mean()
+    if size.any():
+        power = (np.sum(noise**2, axis=1) - width) / np.sqrt(2 * width)
+        slope = float(power @ size / np.linalg.norm(size))
+        yield _Test(
+            "the noise does not depend on the size of the batch drawn",
+            float(2 * stats.norm.sf(abs(slope))),
+            f"{slope:.2f} standard errors of the slope of a step's variance over its batch",
+            "0",
+        )
     shape = stats.kstest(noise.ravel(), "norm")
     yield _Test(
         "the noise is Gaussian",

@@ -70,6 +70,13 @@ def test_another_noise_is_found(change, check):
     assert check in failed(law.laws(noise_of(rehearsed(), change)))
 
 
+def test_noise_that_follows_the_batch_is_found():
+    found = rehearsed()
+    scale = 25 / found.private.sum(axis=1, keepdims=True)
+    check = "the noise does not depend on the size of the batch drawn"
+    assert check in failed(law.laws(noise_of(found, lambda noise: noise * scale)))
+
+
 def test_another_sampler_is_found():
     found = rehearsed()
     often = np.random.default_rng(1).random(found.private.shape) < 0.32
