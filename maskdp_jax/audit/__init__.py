@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import pathlib
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from maskdp_jax import checkpoint, run_folder
 from maskdp_jax.audit import bounds, canaries, claims, exports, law, membership, stored, terms
 from maskdp_jax.audit.findings import Finding
 from maskdp_jax.data import Clips, units
+from maskdp_jax.export import export
 from maskdp_jax.mechanism import Mechanism
 
 REPORT = "audit.json"
@@ -59,6 +61,9 @@ def audit_run(
     yield Finding("the dataset is the one it was trained on", same, "it is" if same else "it is another")
     if not same:
         return
+    with tempfile.TemporaryDirectory(prefix="maskdp-audit-") as aside:
+        released = export(folder, pathlib.Path(aside) / "export")
+        yield exports.scan(released, exports.secrets_of(folder, dataset), exports.released_arrays(released))
     count = len(units(Clips(dataset, config.data.split, config.data).keys, config.privacy))
     recorded = Mechanism(**card["mechanism"])
     if card["epsilon"] is None:

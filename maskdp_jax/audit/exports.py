@@ -15,7 +15,7 @@ import tensorstore
 from maskdp import layers
 from maskdp_jax import checkpoint
 from maskdp_jax.audit.findings import Finding
-from maskdp_jax.run_folder import SECRET
+from maskdp_jax.run_folder import RUN, SECRET
 
 _SHORTEST = 5  # letters of a user or host name from which on it is not found by chance
 
@@ -25,6 +25,8 @@ def secrets_of(run: pathlib.Path | None, dataset: layers.Dataset | None) -> dict
     needles: dict[str, list[bytes]] = {}
     if run is not None and (run / SECRET).exists():
         needles["the run's secret"] = _hex_and_raw(json.loads((run / SECRET).read_text())["secret"])
+    if run is not None and (run / RUN).exists():
+        needles["the run's id"] = _hex_and_raw(json.loads((run / RUN).read_text())["run_id"])
     if dataset is not None:
         for file in sorted(dataset.path.rglob("*")):
             if not file.is_file():
