@@ -156,7 +156,7 @@ def _ledger_main(arguments: list[str]) -> int:
         mechanism = entry.mechanism
         alone = mechanism.epsilon(entry.delta)
         words = (mechanism.objective, entry.split, mechanism.unit, mechanism.adjacency)
-        table.add_row(entry.started, entry.run[:8], *words, ledger.epsilon_words(alone), f"{entry.delta:g}")
+        table.add_row(entry.started[:16], entry.run[:8], *words, ledger.epsilon_words(alone), f"{entry.delta:g}")
     Console().print(table)
     for account in accounts:
         print(*ledger.sentences(account), sep="\n")
