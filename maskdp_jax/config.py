@@ -15,7 +15,8 @@ class DataConfig:
 
     Attributes:
         path: a two-layer dataset, the folder that `maskdp anonymize` wrote.
-        split, eval_split: names of the splits; no `eval_split`, no evaluation.
+        split, eval_split: names of the splits. Without `eval_split`, or if a dataset has only one split, the run is not
+            evaluated.
         frames: frames a clip, spaced evenly over its length.
         size: side of the square views in pixels.
         eval_on_protected_records: allow `eval_split` to be or to overlap with the split trained on. The accuracies of a

@@ -17,7 +17,7 @@ from maskdp.errors import UserError
 from maskdp_jax import card as cards
 from maskdp_jax import checkpoint, ledger, lineage, parallel, run_folder
 from maskdp_jax import environment as environments
-from maskdp_jax.config import TrainConfig
+from maskdp_jax.config import DataConfig, TrainConfig
 from maskdp_jax.data import Clips, Views, contributions, shared_units, stream, units
 from maskdp_jax.evaluate import Evaluator
 from maskdp_jax.mechanism import Mechanism, calibrate, upward
@@ -83,7 +83,7 @@ def train(config: TrainConfig, rehearsal: Rehearsal | None = None) -> pathlib.Pa
             "the private layer holds; expected objective.type sgd, or dp_sgd with privacy.adjacency remove"
         )
     clips = Clips(dataset, config.data.split, config.data)
-    eval_clips = Clips(dataset, config.data.eval_split, config.data) if config.data.eval_split else None
+    eval_clips = _eval_clips(config, dataset)
     records = units(clips.keys, config.privacy)
     most_clips = max(map(len, records))
     contents = dataset.contents_tag()
@@ -171,7 +171,7 @@ def train(config: TrainConfig, rehearsal: Rehearsal | None = None) -> pathlib.Pa
                 "accuracy": {name.removeprefix("accuracy_"): value for name, value in accuracy.items()},
                 "classes": len(clips.labels),
                 "dataset": dataset.id,
-                "eval_split": config.data.eval_split or None,
+                "eval_split": config.data.eval_split if eval_clips else None,
                 "steps": mechanism.steps,
                 "seconds": round(time.monotonic() - began, 1),
                 "versions": environments.versions(),
@@ -286,6 +286,16 @@ def _views(clips: Clips, records, layout: parallel.Layout, ids: np.ndarray, most
     padded = np.full(layout.padded(len(ids)), -1, np.int32)
     padded[: len(ids)] = ids
     return clips.batch([records[i] if i >= 0 else None for i in layout.local(padded)], most_clips)
+
+
+def _eval_clips(config: TrainConfig, dataset: layers.Dataset) -> Clips | None:
+    """The clips to evaluate on; None without `eval_split`, or where a dataset of one split has not the default one."""
+    split = config.data.eval_split
+    if split == DataConfig.eval_split and dataset.splits == [config.data.split]:
+        if jax.process_index() == 0:
+            sys.stderr.write(f"maskdp train: {dataset.path} has no split {split!r}: the run is not evaluated\n")
+        return None
+    return Clips(dataset, split, config.data) if split else None
 
 
 def _accuracies(evaluator: Evaluator, state) -> dict[str, float]:

@@ -299,6 +299,17 @@ def test_every_start_of_a_private_run_is_charged_once(toy, tmp_path):
     assert both == compose([entry.mechanism for entry in entries[:2]], 1e-5).value
 
 
+def test_a_dataset_of_one_split_is_trained_on_without_evaluation(toy, tmp_path, capsys):
+    data = toy.write(tmp_path / "data", {"train": 8}, seed=3)
+    folder = run(toy.arguments(data, tmp_path / "run", optim__steps=1))
+    assert "no split 'test': the run is not evaluated" in capsys.readouterr().err
+    result = json.loads((folder / "result.json").read_text())
+    assert result["accuracy"] == {}
+    assert result["eval_split"] is None
+    with pytest.raises(UserError, match="no split 'tset'"):
+        run(toy.arguments(data, tmp_path / "b", data__eval_split="tset"))
+
+
 def test_a_run_that_cannot_be_charged_does_not_start(toy, tmp_path):
     data = toy.write(tmp_path / "data", {"train": 8}, seed=3)
     (data / "ledger.jsonl").mkdir()
