@@ -32,7 +32,6 @@ from typing import Any
 import cv2
 import numpy as np
 
-from anonymize import weights
 from anonymize.batch import export, sheets
 from anonymize.batch import ray as on_ray
 from anonymize.config import AnonymizeConfig, AutoConfig
@@ -503,11 +502,11 @@ def _chosen(finder: FinderConfig) -> FinderConfig:
     if isinstance(finder, AutoConfig):
         if isinstance(chosen, EmbeddedConfig):
             line = (
-                f"embedded, as there are no weights in {weights.default_folder()} (maskdp weights fetch): outlines are "
-                "coarser, and clips of a moving camera are quarantined"
+                f"embedded, as BlazePose's models are not in {finder.folder} (maskdp weights fetch blazepose): "
+                "outlines and poses are coarser, and clips of a moving camera are quarantined"
             )
         else:
-            line = f"models, with the weights in {chosen.folder}"
+            line = f"blazepose, with the models in {chosen.folder}"
         print(f"maskdp anonymize: finder: {line}", file=sys.stderr)
     return chosen
 

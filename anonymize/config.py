@@ -3,11 +3,11 @@
 import dataclasses
 from dataclasses import field
 
-from anonymize import weights
 from anonymize.fitting.fit import FitConfig
 from anonymize.people import FinderConfig, choice
+from anonymize.people.blazepose import wheel
+from anonymize.people.blazepose.finder import BlazePoseConfig
 from anonymize.people.embedded.finder import EmbeddedConfig
-from anonymize.people.models.finder import ModelsConfig
 from anonymize.people.precomputed import PrecomputedConfig
 from anonymize.refine.refiner import NoRefinement, RefineConfig
 from anonymize.scene.inpaint import InpaintConfig, OpenCVInpaint
@@ -96,20 +96,14 @@ class DatasetConfig:
 
 @FinderConfig.register_subclass("auto")
 @dataclasses.dataclass(frozen=True)
-class AutoConfig(EmbeddedConfig):
-    """`models` where their weights are, else `embedded`, whose keys these are.
-
-    Attributes:
-        weights: folder of the weights, which must then be there; empty: where `maskdp weights fetch` puts them, if any.
-    """
-
-    weights: str = ""
+class AutoConfig(BlazePoseConfig):
+    """`blazepose` where its models are, else `embedded` with its own defaults. The keys are those of `blazepose`; a
+    folder that is named in `weights` must hold the models."""
 
     def chosen(self) -> FinderConfig:
-        if self.weights or weights.complete(weights.default_folder()):
-            return ModelsConfig(weights=self.weights).chosen()
-        names = [item.name for item in dataclasses.fields(EmbeddedConfig)]
-        return EmbeddedConfig(**{name: getattr(self, name) for name in names})
+        names = [item.name for item in dataclasses.fields(BlazePoseConfig)]
+        wanted = BlazePoseConfig(**{name: getattr(self, name) for name in names})
+        return wanted.chosen() if self.weights or wheel.complete(self.folder) else EmbeddedConfig()
 
 
 @dataclasses.dataclass(frozen=True)

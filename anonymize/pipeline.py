@@ -14,6 +14,7 @@ from anonymize.avatar.wardrobe import Avatar, Wardrobe
 from anonymize.config import AvatarConfig, PipelineConfig
 from anonymize.fitting.fit import Fit, SilhouetteFitter
 from anonymize.people import FinderConfig, People, PeopleFinder, Person, choice
+from anonymize.people.blazepose.finder import BlazePoseConfig, BlazePoseFinder
 from anonymize.people.embedded.finder import EmbeddedFinder
 from anonymize.people.models.depth import in_order
 from anonymize.people.models.finder import ModelFinder, ModelsConfig
@@ -113,9 +114,8 @@ class Anonymizer:
             return quarantined("no person found")
         removal = remove(frames, people, self.config.limits.max_blanked, *self.inpaint)
         blanked = int(removal.blanked.sum())
-        doubt = removal.doubt or people.seen_again(removal.frames)
-        if doubt:
-            return quarantined(doubt, frames_blanked=blanked)
+        if removal.doubt:
+            return quarantined(removal.doubt, frames_blanked=blanked)
 
         kept = choice.kept(people, keep, only)
         private = removal.frames
@@ -162,6 +162,8 @@ def _finder(config: FinderConfig) -> PeopleFinder | None:
     """The finder with these settings, its models loaded; None where people come from files."""
     if isinstance(config, PrecomputedConfig):
         return None
+    if isinstance(config, BlazePoseConfig):
+        return BlazePoseFinder(config)
     return ModelFinder.load(config) if isinstance(config, ModelsConfig) else EmbeddedFinder(config)
 
 

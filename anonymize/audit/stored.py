@@ -7,7 +7,7 @@ import numpy as np
 
 from anonymize.audit.findings import Finding, interval
 from anonymize.audit.footage import Archive, Footage, mask_iou
-from anonymize.scene.removal import detectors
+from anonymize.scene import look as detectors
 from anonymize.vision import cues
 from maskdp import layers, progress
 
@@ -44,9 +44,9 @@ def look(record: layers.Record, footage: Footage | None, looks: int) -> Seen:
     rgba, private = record.layers(range(record.frames))
     people: dict[str, list[int]] = {}
     for t in cues.sample_times(len(private), looks).tolist():
-        for name, found in detectors(private[t]).items():
+        for name, found in detectors.default()(private[t]).items():
             people.setdefault(name, [])
-            if found:
+            if found.any():
                 people[name].append(t)
     if footage is None:
         return Seen(record.clip_id, record.video_id, people)
@@ -89,12 +89,12 @@ def check(archive: Archive, looks: int) -> list[Finding]:
             seen.append(look(record, footage, looks))
             if footage is not None and len(control) < 60:
                 middle = len(footage.frames) // 2
-                control.append(any(detectors(footage.frames[middle]).values()))
-                false.append(any(detectors(footage.truth.empty).values()))
+                for frame, noted in ((footage.frames[middle], control), (footage.truth.empty, false)):
+                    noted.append(any(mask.any() for mask in detectors.default()(frame).values()))
             advance()
     found = [one for one in seen if any(one.people.values())]  # what removal has painted may look like somebody
     real = [one for one in found if one.left is None or one.left.max(initial=0) > SHOWN]
-    names = {name: sum(bool(one.people[name]) for one in seen) for name in ("network", "HOG", "faces")}
+    names = {name: sum(bool(one.people[name]) for one in seen) for name in sorted(seen[0].people)} if seen else {}
     controls = (
         f"; the same in {np.mean(control):.0%} of recordings and {np.mean(false):.0%} of empty rooms (one frame each)"
         if control

@@ -64,8 +64,7 @@ class People:
         known: (H, W) bool, where the empty scene was seen, or None.
         doubt: why the clip must be quarantined, in one line, or None.
         notes: figures behind the decision, for the record.
-        seen_again: the finder's own look at the finished frames (T, H, W, 3): why somebody may still be visible in
-            them, in one line, or None.
+        look: the finder's own detector for the look at finished frames, beside `look.default`; or None.
         camera: what the poses given with the people were made for; None: `Camera.default`.
     """
 
@@ -76,7 +75,7 @@ class People:
     known: np.ndarray | None
     doubt: str | None
     notes: dict
-    seen_again: Callable[[np.ndarray], str | None] = lambda frames: None
+    look: Callable[[np.ndarray, bool], dict[str, np.ndarray]] | None = None
     camera: Camera | None = None
 
 

@@ -7,16 +7,17 @@ import cv2
 import numpy as np
 
 from anonymize.people import People
-from anonymize.people.embedded import person_net
-from anonymize.scene import stabilise
+from anonymize.scene import look, stabilise
+from anonymize.scene.look import Look, everywhere
 from anonymize.scene.stabilise import Shot
 from anonymize.vision import cues
 
 Inpaint = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
-MOST_REMOVED = 0.8  # of a frame; beyond it nothing of the scene is left to show
+MOST_REMOVED = 0.92  # of a frame; beyond it nothing of the scene is left to show
 BLANK = cues.GREY
-LOOKS = 3  # frames of the result that are looked at again
+HOLDS = (3, 15, 10**6)  # frames before and after for which what is still seen is removed, round by round
+MOST_PAINTED = 0.5  # of what looks like a person; more is a picture that was painted, and nobody
 SAMPLES = 60  # frames of a shot that its scene is made from
 LEAST_FRAMES = 3  # of a shot that can fill its own holes
 MISFIT = 10  # grey levels; a frame that differs more from the scene, on average, was laid onto it wrongly
@@ -24,7 +25,6 @@ ALIKE = 26  # grey levels; more is another thing, not another light
 FAINT = 5  # grey levels; the least shadow that is removed with what casts it
 MOST_SHADOW = 0.4  # of a frame
 SEAM = 0.05  # part of the short side; how far the light at a hole's rim reaches into it
-SEEN_AGAIN = 0.015  # part of a frame; a larger piece that looks like a person at every height is a doubt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +35,13 @@ class Removal:
         frames: (T, H, W, 3) uint8.
         blanked: (T,) bool, frames that are one flat grey because the removal failed there.
         doubt: why the clip should be quarantined, in one line, or None.
+        repairs: how often what was still seen in the finished frames was removed as well.
     """
 
     frames: np.ndarray
     blanked: np.ndarray
     doubt: str | None
+    repairs: int = 0
 
 
 def remove(
@@ -55,8 +57,11 @@ def remove(
     rim of the hole. The frames are laid over each other as they are (static camera) or by `stabilise`. Where a place
     was never free long enough, the scene is painted (`inpaint`) once for all the frames that see it. A frame that
     cannot be laid over others with confidence borrows nothing and lends nothing: it is painted alone. One that is
-    removed almost whole is blanked. The network, HOG and a face detector then look at some of the resulting frames: if
-    they still see somebody, that is a doubt.
+    removed almost whole is blanked.
+
+    Detectors then look at every finished frame. What they still take for a person is removed as well and everything
+    is filled again, for `HOLDS` rounds; each round removes it for longer before and after. Somebody who is seen even
+    then is a doubt.
 
     Guarantees: the result is a function of the pixels outside `people.removal` and of the mask itself. Whatever the
     removed pixels held, the output's bytes are the same (`people.background` is not read).
@@ -67,11 +72,32 @@ def remove(
         inpaint: paints the hole (H, W) bool of a picture (H, W, 3) uint8 from what surrounds it: once for a scene.
         inpaint_alone: the same for each frame that is painted alone.
     """
-    busy = people.removal.copy()
+    removal = people.removal.copy()
+    looks = (look.default(), *((people.look,) if people.look else ()))
+    margin = 0.015 * min(frames.shape[1:3])
+    for rounds in range(len(HOLDS) + 1):
+        out, blanked, painted = _filled(frames, removal, people.static_camera, inpaint)
+        share = blanked.mean()
+        if share > most_blanked:
+            return Removal(out, blanked, f"{share:.0%} of the frames had to be blanked", rounds)
+        seen = _still_seen(out, blanked, painted, looks)
+        if not seen.any():
+            return Removal(out, blanked, None, rounds)
+        if rounds < len(HOLDS):
+            removal |= _held(seen, HOLDS[rounds], margin)
+    times = np.flatnonzero(seen.any((1, 2)))
+    return Removal(out, blanked, f"somebody may still be seen in {len(times)} frames, the first is {times[0]}", rounds)
+
+
+def _filled(
+    frames: np.ndarray, removal: np.ndarray, static_camera: bool, inpaint: Inpaint
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The frames with what is to be removed filled; which of them are blanked; what was painted, (T, H, W) bool."""
+    busy = removal.copy()
     blanked = busy.mean((1, 2)) > MOST_REMOVED
     out = np.where(busy[..., None], 0, frames).astype(np.uint8)
     painted = busy.copy()
-    if people.static_camera:
+    if static_camera:
         shots = [Shot.static(out, np.flatnonzero(~blanked))]
     else:
         shots = list(stabilise.shots(out, busy, ~blanked))
@@ -81,11 +107,7 @@ def remove(
     for t in np.flatnonzero(alone):
         out[t] = inpaint_alone(out[t], busy[t])
     out[blanked] = BLANK
-    share = blanked.mean()
-    doubt = (
-        f"{share:.0%} of the frames had to be blanked" if share > most_blanked else _seen_again(out, blanked, painted)
-    )
-    return Removal(out, blanked, doubt)
+    return out, blanked, painted
 
 
 def _fill(out: np.ndarray, busy: np.ndarray, painted: np.ndarray, shot: Shot, inpaint: Inpaint) -> np.ndarray:
@@ -180,23 +202,23 @@ def _smooth(values: np.ndarray, where: np.ndarray, sigma: float) -> np.ndarray:
     return cv2.resize(small[..., :3] / (small[..., 3:] + 0.01), (width, height))
 
 
-def _seen_again(frames: np.ndarray, blanked: np.ndarray, painted: np.ndarray) -> str | None:
-    """Why somebody may still be visible in the finished frames, or None. What was `painted` (T, H, W) is nobody."""
-    shown = np.flatnonzero(~blanked)
-    for t in shown[cues.sample_times(len(shown), LOOKS)]:
-        if any(detectors(frames[t], painted[t]).values()):
-            return f"somebody may still be seen in frame {t} after the removal"
-    return None
+def _still_seen(out: np.ndarray, blanked: np.ndarray, painted: np.ndarray, looks: tuple[Look, ...]) -> np.ndarray:
+    """(T, H, W) bool: what looks like a person in the finished frames. What was mostly `painted` is nobody."""
+    found = np.zeros(painted.shape, bool)
+    for masks in everywhere(out, ~blanked, looks).values():
+        for t in np.flatnonzero(masks.any((1, 2))):
+            count, labels = cv2.connectedComponents(masks[t].astype(np.uint8))
+            sizes = np.bincount(labels.ravel(), minlength=count)
+            invented = np.bincount(labels[painted[t]], minlength=count)
+            real = invented < MOST_PAINTED * sizes
+            real[0] = False
+            found[t] |= real[labels]
+    return found
 
 
-def detectors(frame: np.ndarray, painted: np.ndarray | None = None) -> dict[str, bool]:
-    """Whether the person network, HOG and the face detector see somebody; the network not in what was `painted`."""
-    likely = person_net.still_person(person_net.load(), frame) > 0.5
-    if painted is not None:
-        likely &= ~painted
-    pieces = cv2.connectedComponentsWithStats(likely.astype(np.uint8))[2][1:, cv2.CC_STAT_AREA]
-    return {
-        "network": bool(pieces.max(initial=0) > SEEN_AGAIN * likely.size),
-        "HOG": len(cues.hog_people(frame)) > 0,
-        "faces": len(cues.faces(frame)) > 0,
-    }
+def _held(found: np.ndarray, frames: int, margin: float) -> np.ndarray:
+    """What was found (T, H, W), grown, and held for so many frames before and after."""
+    held = np.zeros_like(found)
+    for t in np.flatnonzero(found.any((1, 2))):
+        held[max(t - frames, 0) : t + frames + 1] |= cues.dilated(found[t], margin)
+    return held

@@ -119,6 +119,12 @@ def corners(
     return np.ascontiguousarray(points[strong > max(least, 0.03 * np.quantile(strong, 0.9))])
 
 
+def changed(before: np.ndarray, now: np.ndarray, levels: float) -> bool:
+    """Whether any square of 8 pixels of a picture (H, W, 3) uint8 differs by more than so many grey levels."""
+    thin = (cv2.resize(picture, None, fx=0.125, fy=0.125, interpolation=cv2.INTER_AREA) for picture in (before, now))
+    return bool((cv2.absdiff(*thin) > levels).any())
+
+
 def largest(colours: np.ndarray) -> np.ndarray:
     """The largest of three channels (..., 3); numpy's own takes 25 times as long over an axis so short."""
     return np.maximum(np.maximum(colours[..., 0], colours[..., 1]), colours[..., 2])

@@ -15,6 +15,24 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
     return float(both / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - both))
 
 
+BODY_BELOW = 1.5, 1.0, 5.0  # body of a face: face widths to each side, face heights above and below its middle
+
+
+def body_below(faces: np.ndarray) -> np.ndarray:
+    """(N, 4) xyxy: where the bodies of faces (N, 4) xyxy may be."""
+    middle, size = (faces[:, :2] + faces[:, 2:]) / 2, faces[:, 2:] - faces[:, :2]
+    beside, above, below = BODY_BELOW
+    return np.concatenate([middle - size * [beside, above], middle + size * [beside, below]], 1)
+
+
+def filled(size: tuple[int, int], boxes: np.ndarray) -> np.ndarray:
+    """(H, W) bool: the places within any of the boxes (N, 4) xyxy."""
+    mask = np.zeros(size, bool)
+    for x0, y0, x1, y1 in boxes.round().astype(int).clip(0):
+        mask[y0:y1, x0:x1] = True
+    return mask
+
+
 def grown(mask: np.ndarray, radius: float, down: float = 0) -> np.ndarray:
     """A mask (T, H, W) grown by a radius, and `down` pixels further downwards, where shadows lie."""
     disc, line = cues.disc(radius), np.ones((round(down) + 1, 1), np.uint8)

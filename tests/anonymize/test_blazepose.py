@@ -199,7 +199,7 @@ def test_landmarks_mask_and_sides_agree_with_the_truth(shot):
     error = np.linalg.norm(seen.image[mine, :2] - pixels[theirs], axis=1) / tall
     assert error.mean() < 0.04
     assert error.max() < 0.12
-    found = seen.mask(*mask.shape) > 0.5
+    found = seen.mask(*mask.shape) > 127
     assert (found & mask).sum() / (found | mask).sum() > 0.85
     middle = (camera_axes[1] + camera_axes[2]) / 2
     distance = np.linalg.norm(seen.world[mine] - (camera_axes[theirs] - middle), axis=1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from anonymize.people import People
-from anonymize.scene import stabilise
+from anonymize.scene import look, stabilise
 from anonymize.scene.removal import BLANK, remove
 from anonymize.vision.cues import inpainted
 
@@ -199,3 +199,44 @@ def test_what_paints_is_asked_once_for_all_frames_of_a_shot(plane):
     assert len(asked) == 1
     assert (result[:, 5:15, 5:25] == (0, 255, 0)).mean() > 0.6
     assert np.array_equal(result[3, 5:15, 5:25], result[20, 5:15, 5:25])
+
+
+def test_what_is_seen_in_the_finished_frames_is_removed_and_filled_too(scene, monkeypatch):
+    """A detector that sees whatever is red, with a gap of a frame; the finder missed it."""
+    frames = np.repeat(scene[None], 30, 0)
+    for t in range(8, 20):
+        frames[t, 20:40, 3 * t : 3 * t + 10] = (255, 0, 0)
+    red = (frames == (255, 0, 0)).all(-1)
+
+    def look_for_red(frame, thorough=True):
+        gap = (frame[20:40, 36:46] == (255, 0, 0)).all()
+        return {"red": (frame == (255, 0, 0)).all(-1) & (not gap)}
+
+    monkeypatch.setattr(look, "default", lambda: look_for_red)
+    removal = np.zeros(frames.shape[:3], bool)
+    removal[:, :8, :8] = True
+    result = remove(frames, people(removal))
+    assert result.doubt is None
+    assert result.repairs == 1
+    assert np.abs(result.frames[red].astype(int) - np.repeat(scene[None], 30, 0)[red]).max() <= 2
+
+
+def test_somebody_seen_wherever_a_frame_is_not_painted_is_a_doubt(scene, monkeypatch):
+    monkeypatch.setattr(look, "default", lambda: lambda frame, thorough=True: {"all": np.ones(frame.shape[:2], bool)})
+    result = remove(np.repeat(scene[None], 8, 0), people(np.zeros((8, *scene.shape[:2]), bool)))
+    assert result.doubt
+
+
+def test_a_finished_frame_is_looked_at_again_only_where_it_changed():
+    frames = np.full((9, 48, 64, 3), 90, np.uint8)
+    frames += np.random.default_rng(0).integers(0, 6, frames.shape).astype(np.uint8)
+    frames[5:, 8:24, 8:24] = 160
+    seen_at = []
+
+    def remember(frame, thorough):
+        seen_at.append(thorough)
+        return {"bright": frame[..., 0] > 150}
+
+    seen = look.everywhere(frames, np.ones(9, bool), (remember,))["bright"]
+    assert seen_at == [True, False]
+    assert seen.any((1, 2)).tolist() == [False] * 5 + [True] * 4

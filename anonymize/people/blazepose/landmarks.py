@@ -39,7 +39,7 @@ class Sighting:
             visibility and presence 0..1.
         world: (39, 3) float32 metres, origin in the middle of the hips, x right, y down, z away.
         crop: where it was looked for.
-        outline: (S, S) float32 probability of a person, in the crop.
+        outline: (S, S) uint8 probability of a person times 255, in the crop.
     """
 
     presence: float
@@ -54,7 +54,7 @@ class Sighting:
         return Crop.around(self.image[MIDDLE, :2], self.image[ON_CIRCLE, :2])
 
     def mask(self, height: int, width: int) -> np.ndarray:
-        """(height, width) float32 probability in the picture, 0 outside the crop."""
+        """(height, width) uint8 probability times 255 in the picture, 0 outside the crop."""
         return cv2.warpAffine(self.outline, self.crop.to_picture(len(self.outline)), (width, height))
 
 
@@ -76,19 +76,21 @@ class Landmarker:
         image[:, 2] *= crop.side / size
         world = out["Identity_4"].reshape(-1, 3).copy()
         world[:, :2] = world[:, :2] @ crop.axes.T
-        return Sighting(float(out["Identity_1"][0]), image, world, crop, expit(out["Identity_2"][..., 0]))
+        outline = (255 * expit(out["Identity_2"][..., 0])).astype(np.uint8)
+        return Sighting(float(out["Identity_1"][0]), image, world, crop, outline)
 
 
 def refined(points: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """Landmarks (N, 2) x, y in parts of the crop, moved to the mean of their heat map's (S, S, N) logits around them,
     where that has a peak."""
-    size, out = heat.shape[0], points.copy()
-    for k, (x, y) in enumerate((points * size).astype(int)):
-        if not (0 <= x < size and 0 <= y < size):
-            continue
-        top, left = max(y - _REACH, 0), max(x - _REACH, 0)
-        weight = expit(heat[top : y + _REACH + 1, left : x + _REACH + 1, k])
-        if weight.max(initial=0) >= _LEAST_HEAT:
-            rows, columns = np.mgrid[: weight.shape[0], : weight.shape[1]]
-            out[k] = np.array([(weight * (columns + left)).sum(), (weight * (rows + top)).sum()]) / weight.sum() / size
-    return out
+    size, count = heat.shape[0], len(points)
+    x, y = (points * size).astype(int).T
+    around = np.arange(-_REACH, _REACH + 1)
+    rows, columns = y[:, None, None] + around[:, None], x[:, None, None] + around
+    inside = (rows >= 0) & (rows < size) & (columns >= 0) & (columns < size)
+    near = heat[rows.clip(0, size - 1), columns.clip(0, size - 1), np.arange(count)[:, None, None]]
+    weight = np.where(inside, expit(near), 0)
+    peak = weight.max((1, 2)) * ((x >= 0) & (x < size) & (y >= 0) & (y < size)) >= _LEAST_HEAT
+    total = np.maximum(weight.sum((1, 2)), 1e-6)
+    mean = np.stack([(weight * columns).sum((1, 2)) / total, (weight * rows).sum((1, 2)) / total], 1) / size
+    return np.where(peak[:, None], mean, points).astype(points.dtype)

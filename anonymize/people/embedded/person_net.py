@@ -152,3 +152,13 @@ def evaluate(
 def still_person(net: PersonNet, image: np.ndarray, heights: tuple[int, ...] = (128, 192)) -> np.ndarray:
     """Person probability (H, W) of a picture (H, W, 3) uint8 without any motion: the least over the heights."""
     return np.min([evaluate(net, image, image, image, height)[0] for height in heights], axis=0)
+
+
+def pieces(frame: np.ndarray, heights: tuple[int, ...] = (128, 192), least: float = 0.015) -> np.ndarray:
+    """(H, W) bool: what looks like a person in a picture (H, W, 3) uint8 at all heights, without pieces smaller than
+    `least` of the picture."""
+    likely = (still_person(load(), frame, heights) > 0.5).astype(np.uint8)
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(likely)
+    large = stats[:, cv2.CC_STAT_AREA] > least * likely.size
+    large[0] = False
+    return large[labels]

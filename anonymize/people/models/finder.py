@@ -16,7 +16,7 @@ from anonymize import weights
 from anonymize.people import FinderConfig, People, Person
 from anonymize.people.coverage import cover
 from anonymize.vision import cues
-from anonymize.vision.masks import grown, iou
+from anonymize.vision.masks import filled, grown, iou
 from maskdp.config import positive
 from maskdp.errors import UserError
 
@@ -123,7 +123,7 @@ class ModelFinder:
         notes = {"removed": round(float(removal.mean()), 4), "looks": len(seen), **_figures(agreed, claims)}
         doubt = self._doubt(persons, stray, notes)
         moving = cues.camera_motion(frames)
-        return People(persons, removal, not moving, None, None, doubt, notes, self._seen_again)
+        return People(persons, removal, not moving, None, None, doubt, notes, self.look)
 
     def _look(self, frames: np.ndarray) -> dict[int, np.ndarray]:
         """What the detector sees, (M, 5) boxes and scores, by frame; the first and the last frame are among them."""
@@ -209,11 +209,10 @@ class ModelFinder:
             return f"{notes['removed']:.0%} of the picture would be removed"
         return None
 
-    def _seen_again(self, frames: np.ndarray) -> str | None:
-        for t, people in self._look(frames).items():
-            if (people[:, 4] >= self.config.sure).any():
-                return f"the detector still sees somebody in frame {t} after the removal"
-        return None
+    def look(self, frame: np.ndarray, thorough: bool = True) -> dict[str, np.ndarray]:
+        """Where the detector is sure of somebody in a single frame, (H, W) bool; for the look at finished frames."""
+        (people,) = self._detect(frame[None], self.config.threshold)
+        return {"detector": filled(frame.shape[:2], people[people[:, 4] >= self.config.sure, :4])}
 
 
 def _box(mask: np.ndarray) -> np.ndarray:
