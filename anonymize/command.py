@@ -37,7 +37,7 @@ from anonymize.batch import ray as on_ray
 from anonymize.config import AnonymizeConfig, AutoConfig
 from anonymize.people import FinderConfig, choice, precomputed
 from anonymize.people.embedded.finder import EmbeddedConfig
-from anonymize.vision import video
+from anonymize.vision import cuts, video
 from maskdp import __version__, atomic, config, layers, progress
 from maskdp.errors import UserError
 
@@ -250,13 +250,14 @@ class Worker:
 
     def _parts(self, path: pathlib.Path, most: int | None = None) -> Iterator[video.Video]:
         settings = self._settings.video
-        return video.clips(
+        for part in video.clips(
             path,
             short_side=settings.short_side,
             max_frames=min(settings.max_frames, most or settings.max_frames),
             fps=settings.fps or None,
             span=self._settings.seconds,
-        )
+        ):
+            yield from cuts.shots(part)
 
     def _result(self, part: video.Video, key: str, source: Source, given: precomputed.Precomputed | None):
         """The `ClipResult` of a clip."""
@@ -303,6 +304,7 @@ class Worker:
             "people": result.people,
             "people_kept": result.people_kept,
             "frames": result.frames,
+            "first_frame": int(part.numbers[0]),
             "frames_without_pose": result.frames_without_pose,
             "frames_blanked": result.frames_blanked,
             "iou": result.iou,

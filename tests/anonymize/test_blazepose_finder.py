@@ -157,7 +157,7 @@ def test_somebody_lost_within_the_picture_is_a_doubt_and_who_walks_out_of_it_is_
     shape = 60, 100, 200, 3
     inside = track(**{f"t{t}": 100 for t in range(30)})
     assert "frame 29" in finder._lost([inside], shape)
-    leaving = track(**{f"t{t}": 50 + 5 * t for t in range(30)})
+    leaving = track(**{f"t{t}": 54 + 5 * t for t in range(30)})
     assert finder._lost([leaving], shape) is None
     whole = track(**{f"t{t}": 100 for t in range(60)})
     assert finder._lost([whole], shape) is None

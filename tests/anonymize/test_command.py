@@ -55,7 +55,8 @@ class RedFinder:
 
 @pytest.fixture(autouse=True)
 def red_people(monkeypatch):
-    monkeypatch.setattr(pipeline, "EmbeddedFinder", RedFinder)
+    for name in ("BlazePoseFinder", "EmbeddedFinder"):
+        monkeypatch.setattr(pipeline, name, RedFinder)
 
 
 def film(path: pathlib.Path, action: str | None = "wave", seed: int = 0, frames: int = FRAMES) -> pathlib.Path:
@@ -513,7 +514,8 @@ def test_a_killed_run_goes_on_to_the_same_shards_and_the_secret_stays_where_it_i
 def uninterrupted(films, tmp_path_factory) -> pathlib.Path:
     """What a run leaves that nothing disturbs."""
     out = tmp_path_factory.mktemp("uninterrupted")
-    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "BlazePoseFinder", RedFinder)
+        patch.setattr(pipeline, "EmbeddedFinder", RedFinder)
         patch.setattr(pipeline, "EmbeddedFinder", RedFinder)
         assert cli.main(["anonymize", str(films), "--out", str(out), *SMALL]) == 0
     return out
@@ -638,7 +640,7 @@ def test_settings_survive_a_round_trip_through_the_written_config(films, tmp_pat
 
 
 if __name__ in ("__main__", "__mp_main__"):  # a process of `run`, or a worker of it
-    pipeline.EmbeddedFinder = RedFinder
+    pipeline.BlazePoseFinder = pipeline.EmbeddedFinder = RedFinder
 if __name__ == "__main__":
     if "KILL_AT" in os.environ:
         kill_at(int(os.environ["KILL_AT"]), os.environ["COUNT"])
