@@ -1,6 +1,7 @@
 """Cuts: the frames at which a video shows another shot. A clip never holds two."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import cv2
@@ -35,6 +36,6 @@ def cuts(frames: np.ndarray) -> list[int]:
 def shots(video: Video) -> Iterator[Video]:
     """The parts of a video between its cuts."""
     starts = [0, *cuts(video.frames), len(video.frames)]
-    for start, stop in zip(starts, starts[1:]):
+    for start, stop in itertools.pairwise(starts):
         part = slice(start, stop)
         yield dataclasses.replace(video, frames=video.frames[part], numbers=video.numbers[part])

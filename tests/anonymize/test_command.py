@@ -514,8 +514,8 @@ def test_a_killed_run_goes_on_to_the_same_shards_and_the_secret_stays_where_it_i
 def uninterrupted(films, tmp_path_factory) -> pathlib.Path:
     """What a run leaves that nothing disturbs."""
     out = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "BlazePoseFinder", RedFinder)
-        patch.setattr(pipeline, "EmbeddedFinder", RedFinder)
         patch.setattr(pipeline, "EmbeddedFinder", RedFinder)
         assert cli.main(["anonymize", str(films), "--out", str(out), *SMALL]) == 0
     return out
