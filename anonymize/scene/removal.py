@@ -75,22 +75,28 @@ def remove(
     removal = people.removal.copy()
     looks = (look.default(), *((people.look,) if people.look else ()))
     margin = 0.015 * min(frames.shape[1:3])
-    for rounds in range(len(HOLDS) + 1):
-        out, blanked, painted = _filled(frames, removal, people.static_camera, inpaint)
+    repairs = 0
+    paint = inpaint
+    while True:
+        out, blanked, painted = _filled(frames, removal, people.static_camera, paint, inpaint_alone)
         share = blanked.mean()
         if share > most_blanked:
-            return Removal(out, blanked, f"{share:.0%} of the frames had to be blanked", rounds)
+            return Removal(out, blanked, f"{share:.0%} of the frames had to be blanked", repairs)
         seen = _still_seen(out, blanked, painted, looks)
-        if not seen.any():
-            return Removal(out, blanked, None, rounds)
-        if rounds < len(HOLDS):
-            removal |= _held(seen, HOLDS[rounds], margin)
-    times = np.flatnonzero(seen.any((1, 2)))
-    return Removal(out, blanked, f"somebody may still be seen in {len(times)} frames, the first is {times[0]}", rounds)
+        if not seen.any() and paint is inpaint:
+            return Removal(out, blanked, None, repairs)
+        if seen.any() and repairs == len(HOLDS):
+            times = np.flatnonzero(seen.any((1, 2)))
+            doubt = f"somebody may still be seen in {len(times)} frames, the first is {times[0]}"
+            return Removal(out, blanked, doubt, repairs)
+        if seen.any():
+            removal |= _held(seen, HOLDS[repairs], margin)
+            repairs += 1
+        paint = inpaint_alone if seen.any() and repairs < len(HOLDS) else inpaint  # the scene's own only at the end
 
 
 def _filled(
-    frames: np.ndarray, removal: np.ndarray, static_camera: bool, inpaint: Inpaint
+    frames: np.ndarray, removal: np.ndarray, static_camera: bool, inpaint: Inpaint, inpaint_alone: Inpaint
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The frames with what is to be removed filled; which of them are blanked; what was painted, (T, H, W) bool."""
     busy = removal.copy()
