@@ -38,4 +38,5 @@ def shots(video: Video) -> Iterator[Video]:
     starts = [0, *cuts(video.frames), len(video.frames)]
     for start, stop in itertools.pairwise(starts):
         part = slice(start, stop)
-        yield dataclasses.replace(video, frames=video.frames[part], numbers=video.numbers[part])
+        seconds = video.start + start / video.fps
+        yield dataclasses.replace(video, frames=video.frames[part], numbers=video.numbers[part], start=seconds)

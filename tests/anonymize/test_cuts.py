@@ -14,9 +14,10 @@ def picture(seed: int) -> np.ndarray:
 def test_a_video_is_parted_at_its_cuts_and_nowhere_else():
     frames = np.stack([picture(0)] * 12 + [picture(1)] * 10 + [picture(2)] * 9)
     assert cuts(frames) == [12, 22]
-    parts = list(shots(Video(frames, 25.0, np.arange(100, 131))))
+    parts = list(shots(Video(frames, 25.0, np.arange(100, 131), start=4.0)))
     assert [len(part.frames) for part in parts] == [12, 10, 9]
     assert [part.numbers[0] for part in parts] == [100, 112, 122]
+    assert [round(part.start, 2) for part in parts] == [4.0, 4.48, 4.88]
     assert np.array_equal(np.concatenate([part.frames for part in parts]), frames)
 
 
