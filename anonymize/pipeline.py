@@ -139,7 +139,7 @@ class Anonymizer:
         if missing.mean() > self.config.limits.max_without_pose:
             return quarantined(f"{missing.mean():.0%} of the frames show a person who could not be re-posed", **figures)
         if not any(fit.ok.any() for fit in fits):
-            left = any(there.any() for there in wanted)
+            left = any((person.present & ~stays).any() for person, stays in zip(people.persons, kept))
             return quarantined("nobody could be re-posed" if left else "everybody in it is kept visible", **figures)
 
         nearness = [person.nearness for person in people.persons]

@@ -331,7 +331,7 @@ class HalvesFinder(RedFinder):
 
 
 def test_who_is_kept_is_recorded_and_only_in_one_video(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(pipeline, "EmbeddedFinder", HalvesFinder)
+    monkeypatch.setattr(pipeline, "BlazePoseFinder", HalvesFinder)
     (alone,) = video.clips(film(tmp_path / "alone.mp4"), max_frames=100)
     path, out = tmp_path / "two.mp4", tmp_path / "out"
     video.encode(path, np.concatenate([alone.frames, alone.frames[:, :, ::-1]], 2), 10.0, crf=8)
