@@ -207,5 +207,11 @@ def test_landmarks_mask_and_sides_agree_with_the_truth(shot):
 
 
 @needs_models
+def test_loading_a_model_says_nothing(capfd):
+    models.Model(models.FACE_DETECTION)
+    assert capfd.readouterr() == ("", "")
+
+
+@needs_models
 def test_an_empty_room_holds_nobody():
     assert Detector().tiled(np.full((192, 256, 3), 180, np.uint8), list(tiles(192, 256))) == []

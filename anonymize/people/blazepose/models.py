@@ -1,7 +1,11 @@
 """The models as functions of pictures: where they lie, loading them checked, running them on the CPU."""
 
+import contextlib
 import functools
+import os
 import pathlib
+import sys
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -32,6 +36,20 @@ def _checked(file: pathlib.Path) -> bytes:
     return data
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the runtime's C++ part writes to standard error; it has no setting for that."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 class Model:
     """One model, on one thread: several videos at once use the cores better than several threads do.
 
@@ -47,8 +65,9 @@ class Model:
         from ai_edge_litert.interpreter import Interpreter
 
         data = _checked((folder or default_folder()) / name)
-        self._interpreter = Interpreter(model_content=data, num_threads=1)
-        self._interpreter.allocate_tensors()
+        with _quiet():
+            self._interpreter = Interpreter(model_content=data, num_threads=1)
+            self._interpreter.allocate_tensors()
         (entry,) = self._interpreter.get_input_details()
         self._input = entry["index"]
         self.size = int(entry["shape"][1])
