@@ -12,7 +12,7 @@ from anonymize.avatar.pose import Pose
 from anonymize.avatar.render import Mesh, render
 from anonymize.avatar.wardrobe import Avatar, Wardrobe
 from anonymize.config import AvatarConfig, PipelineConfig
-from anonymize.fitting.fit import Fit, SilhouetteFitter
+from anonymize.fitting.fit import Fit, Fitter
 from anonymize.people import FinderConfig, People, PeopleFinder, Person, choice
 from anonymize.people.blazepose.finder import BlazePoseConfig, BlazePoseFinder
 from anonymize.people.embedded.finder import EmbeddedFinder
@@ -72,7 +72,7 @@ class Anonymizer:
         self.finder = finder or _finder(config.finder.chosen())
         self.body = Body(config.avatar.model_path or None)
         self.wardrobe = Wardrobe(secret)
-        self.fitter = SilhouetteFitter(self.body, config.fit)
+        self.fitter = Fitter(self.body, config.fit)
         self.inpaint = config.inpaint.load()
         self.refiner = config.refine.load()
 
@@ -124,7 +124,10 @@ class Anonymizer:
         camera = people.camera or Camera.default(frames.shape[2], frames.shape[1])
         keys = [identity_key(video, person.track_id, subjects, self.config.avatar) for person in people.persons]
         avatars = [self.avatar(key) for key in keys]
-        fits = [_given(p) if p.pose else self.fitter(p, camera, avatar) for p, avatar in zip(people.persons, avatars)]
+        fits = [
+            _given(person) if person.pose else self.fitter(person, camera, avatar, fps)
+            for person, avatar in zip(people.persons, avatars)
+        ]
         fits = [dataclasses.replace(fit, ok=fit.ok & ~stays) for fit, stays in zip(fits, kept)]
         missing = np.any(
             [person.present & ~fit.ok & ~stays for person, fit, stays in zip(people.persons, fits, kept)], 0

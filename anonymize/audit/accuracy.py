@@ -64,7 +64,7 @@ def score(anonymizer: Anonymizer, film: Footage) -> Scores:
         ious += mask_iou(person.masks[outlined], mask[outlined]).tolist()
         key = identity_key("audit", person.track_id, (), anonymizer.config.avatar)
         avatar = anonymizer.avatar(key)
-        fit = anonymizer.fitter(person, camera, avatar)
+        fit = anonymizer.fitter(person, camera, avatar, film.fps)
         good = there & fit.ok
         if good.any():
             mine, theirs = (

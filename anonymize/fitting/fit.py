@@ -1,37 +1,46 @@
-"""SMPL-X poses of a tracked person from silhouettes, and from 2-D joints where the finder gives them.
+"""SMPL-X poses of a tracked person.
 
-1. *Search*: the poses of a library whose silhouettes overlap the person's best and move least (`pose_library`).
-2. *Refinement*: gradient steps move a few hundred points of the dressed avatar's surface into the silhouette and over
-   all of it, and joints onto joints, smoothly in time.
+1. *Start*: from metric landmarks by inverse kinematics in closed form (`landmarks`, `inverse_kinematics`, `placement`);
+   for who has none, from the library pose whose silhouette and joints fit best (`pose_library`).
+2. *Refinement*: gradient steps over all frames at once onto landmarks and silhouettes in the picture (`refinement`).
+3. *Hands*: from hand landmarks in closed form (`fingers`), relaxed where they are not seen.
 
 The body's shape is the avatar's and never the person's, so the person's size becomes the avatar's distance.
 """
 
 import dataclasses
 import functools
+import itertools
 
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.spatial.transform import Rotation
-from smplx.lbs import batch_rigid_transform, batch_rodrigues
 
 from anonymize.avatar.body import Body
 from anonymize.avatar.camera import Camera
 from anonymize.avatar.pose import Pose
 from anonymize.avatar.render import silhouette
 from anonymize.avatar.wardrobe import Avatar
-from anonymize.fitting.pose_library import BODY_JOINTS, Found, PoseLibrary, keypoints, uncrossed
-from anonymize.people import Person
+from anonymize.fitting import fingers, landmarks
+from anonymize.fitting import inverse_kinematics as ik
+from anonymize.fitting.placement import place
+from anonymize.fitting.pose_library import KEYPOINTS, PoseLibrary, keypoints, uncrossed
+from anonymize.fitting.refinement import Evidence, Outlines, refine
+from anonymize.fitting.skeleton import BODY_JOINTS, Skeleton, local, world
+from anonymize.fitting.smoothing import smoothed, stiffness
+from anonymize.people import Landmarks, Person
 from maskdp import config as settings
 
-_LIBRARY_POINTS, _POINTS = 1200, 400
-_TARGETS = 320  # pixels of a silhouette that must have a surface point near
-_NOSE = 55  # in BodyMesh.joints
-
-# How readily each of the 21 body joints leaves the library's pose: limbs freely, trunk, feet and collars hardly.
-_STIFFNESS = torch.tensor([0.3, 0.3, 3, 0.3, 0.3, 3, 4, 4, 3, 6, 6, 4, 4, 4, 4, 0.15, 0.15, 0.15, 0.15, 4, 4])
+_LIBRARY_POINTS = 1200
+_VISIBLE = (0.05, 0.5)  # visibility at which a landmark begins to count, and counts fully
+_ALONE = 3.0  # weight of a silhouette where there are no landmarks
+_KNUCKLES = 0.3  # weight of the body's knuckle landmarks for the turn of a hand, against those of the hand model
+_CHUNK, _OVERLAP = 256, 16  # frames refined at once, and those refined twice where chunks meet
+_EVERY = 5  # overlap is measured in one frame of so many where there are landmarks
+_FEET = (27, 28, 29, 30, 31, 32)  # landmarks
+_PLANTED = (0.12, 0.3)  # extents a second: a foot that moves slower stands, one that moves faster does not
+_FOOT_CUTOFF = 3.0  # Hz, for their speed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +48,14 @@ class FitConfig:
     """How poses are fitted.
 
     Attributes:
-        library: number of random poses searched.
+        library: number of random poses searched for people without landmarks.
         steps: gradient steps of the refinement.
-        iou_floor: a frame whose fitted silhouette overlaps the person's less gets no avatar.
+        iou_floor: a frame without landmarks gets no avatar where the silhouettes overlap less.
         max_gap: as many frames in which a person was lost from view are interpolated.
     """
 
     library: int = 4000
-    steps: int = 60
+    steps: int = 40
     iou_floor: float = 0.35
     max_gap: int = 8
 
@@ -61,8 +70,8 @@ class Fit:
     Attributes:
         pose: SMPL-X parameters in every frame; of no meaning where `ok` is False.
         ok: (T,) bool, whether the avatar is to be shown.
-        iou: (T,) float32, overlap of the fitted and the found silhouette inside the picture; NaN where the person was
-            not seen.
+        iou: (T,) float32, overlap of the fitted and the found silhouette inside the picture; NaN where it was not
+            measured.
     """
 
     pose: Pose
@@ -70,8 +79,8 @@ class Fit:
     iou: np.ndarray
 
 
-class SilhouetteFitter:
-    """Fits poses of one body model. The first call makes the pose library.
+class Fitter:
+    """Fits poses of one body model.
 
     Args:
         body: the body model.
@@ -81,188 +90,218 @@ class SilhouetteFitter:
     def __init__(self, body: Body, config: FitConfig | None = None):
         self.body = body
         self.config = config or FitConfig()
-        nose = body(torch.zeros(10), Pose.rest(1)).joints[0, _NOSE]
-        self._nose = (body.template - nose).square().sum(1).argmin()
 
     @functools.cached_property
     def _library(self) -> PoseLibrary:
-        bare = self.body.template, self.body.weights
-        return PoseLibrary(_Surface(self.body, torch.zeros(10), bare, self._nose, _LIBRARY_POINTS), self.config.library)
+        bare = Skeleton(self.body, torch.zeros(10), (self.body.template, self.body.weights), _LIBRARY_POINTS)
 
-    def __call__(self, person: Person, camera: Camera, avatar: Avatar) -> Fit:
-        """Poses of `avatar`: where `person` stood, its clothed outline as near to the person's as it comes.
+        def posed(angles: torch.Tensor):
+            turned = torch.from_numpy(_world(angles.numpy())).float()
+            joints, marks = bare.posed(turned, torch.zeros(len(angles), 3))
+            return bare.surface(turned, joints), joints, marks[:, 0]
 
-        Deterministic. Sees the person's masks and joints alone, no pixel of the video.
+        return PoseLibrary(posed, self.config.library)
+
+    def __call__(self, person: Person, camera: Camera, avatar: Avatar, fps: float = 25.0) -> Fit:
+        """Poses of `avatar`: what `person` does, where they did it.
+
+        Deterministic. Sees the person's masks, joints and landmarks alone, no pixel of the video.
         """
         total = len(person.present)
-        seen = np.flatnonzero(person.present & person.masks.any((1, 2)))
+        outlined = person.present & person.masks.any((1, 2))
+        marked = np.zeros(total, bool)
+        if person.landmarks is not None:
+            marked = person.present & np.isfinite(person.landmarks.world).all((1, 2))
         iou = np.full(total, np.nan, np.float32)
-        if not len(seen):
+        if not (outlined | marked).any():
             return Fit(Pose.rest(total), np.zeros(total, bool), iou)
-        masks = np.ascontiguousarray(person.masks[seen])
-        joints = None if person.joints is None else person.joints[seen]
-        found = self._library.search(masks, joints, camera)
-        surface = _Surface(self.body, avatar.betas, avatar.skinned, self._nose, _POINTS)
-        fitted = _refine(surface, found, seen, masks, joints, camera, self.config.steps)
-        iou[seen] = _overlap(fitted, avatar, masks, camera)
-        pose, ok = _fill_gaps(fitted, seen, iou[seen] >= self.config.iou_floor, total, self.config.max_gap)
+        skeleton = Skeleton.of(avatar)
+        if marked.any():
+            times = np.arange(total)
+            start = _from_landmarks(skeleton, person.landmarks, person.masks, marked, camera, fps)
+            seen, weights = _landmarks_seen(person.landmarks, skeleton)
+        else:
+            times = np.flatnonzero(outlined)
+            found = self._library.search(np.ascontiguousarray(person.masks[times]), person.joints[times], camera)
+            start = _world(found.angles.numpy()), found.transl.numpy().astype(float)
+            seen, weights = _joints_seen(person.joints[times], skeleton, *start, camera)
+        turned, transl = _refined(
+            skeleton, *start, seen, weights, person.masks[times], marked[times], camera, fps, self.config
+        )
+        hands = (
+            _hands(skeleton, person.landmarks, marked, camera, fps) if marked.any() else _relaxed(skeleton, len(times))
+        )
+        pose = _pose(turned, transl, hands, skeleton)
+        measured = outlined[times] & (~marked[times] | (times % _EVERY == 0))
+        iou[times[measured]] = _overlap(pose, avatar, person.masks[times], np.flatnonzero(measured), camera)
+        good = marked | (iou >= self.config.iou_floor)
+        pose, ok = _fill_gaps(pose, times, good, self.config.max_gap)
         return Fit(pose, ok, iou)
 
 
-def _overlap(pose: Pose, avatar: Avatar, masks: np.ndarray, camera: Camera) -> np.ndarray:
-    """Intersection over union (T,) of the avatar's silhouette and `masks`, at reduced resolution."""
+# ---------------------------------------------------------------- the start
+
+
+def _from_landmarks(
+    skeleton: Skeleton, marks: Landmarks, masks: np.ndarray, marked: np.ndarray, camera: Camera, fps: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """World rotations (T, 22, 3, 3) and translations (T, 3) in all frames; those without landmarks go on as their
+    neighbours do, in the middle of the mask where there is one."""
+    visible = _confidence(marks.image[..., 2])
+    turn = landmarks.to_world(marks.image, camera)
+    points = np.where(marked[:, None, None], marks.world.astype(float) @ turn, np.nan)
+    toward, seen = ik.directions(points, visible)
+    for side in (0, 1):
+        palm = fingers.palm(marks.hands[:, side].astype(float) @ turn)
+        sure = np.where(np.isfinite(palm).all((1, 2)), marks.hands_seen[:, side], 0.0)
+        for column, name in enumerate((f"hand{side}", f"palm{side}")):
+            toward[name] = np.where(sure[:, None] > 0, palm[..., column], toward[name])
+            seen[name] = np.maximum(sure, _KNUCKLES * seen[name] * (sure == 0))
+    turned = ik.solve(skeleton, landmarks.steady(toward, seen, fps))
+    posed = _posed(skeleton, turned, np.zeros((len(turned), 3)))
+    pixels, weights = _landmarks_seen(marks, skeleton)
+    transl = place(posed, pixels, weights, camera, fps)
+    for t in np.flatnonzero(~marked & masks.any((1, 2))):
+        rows, columns = np.nonzero(masks[t])
+        there = camera.project(torch.from_numpy(posed[t] + transl[t])).mean(0).numpy()
+        aside = np.append([columns.mean() + 0.5, rows.mean() + 0.5] - there, 0.0) / camera.focal
+        depth = abs(float(camera.to_camera(torch.from_numpy(transl[t]))[2]))
+        transl[t] += aside * depth @ camera.rotation
+    return turned, transl
+
+
+def _confidence(visibility: np.ndarray) -> np.ndarray:
+    return ik.smoothstep(np.nan_to_num(visibility.astype(float)), *_VISIBLE)
+
+
+def _landmarks_seen(marks: Landmarks, skeleton: Skeleton) -> tuple[np.ndarray, np.ndarray]:
+    """Where the skeleton's landmarks are seen (T, K, 2), and their weights (T, K): knuckles have none, since those of
+    the body model are vague."""
+    image = marks.image[:, skeleton.landmarks]
+    weights = _confidence(image[..., 2]) * np.isfinite(image[..., :2]).all(-1)
+    weights[:, np.isin(skeleton.landmarks, (17, 18, 19, 20))] = 0
+    return np.nan_to_num(image[..., :2].astype(float)), weights
+
+
+def _joints_seen(
+    joints: np.ndarray, skeleton: Skeleton, turned: np.ndarray, transl: np.ndarray, camera: Camera
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same of a finder's 14 joints (T, 14, 3), every pair of them the way round that is nearer to the start."""
+    posed, marks = skeleton.posed(torch.from_numpy(turned).float(), torch.from_numpy(transl).float())
+    there = camera.project(keypoints(posed, marks[:, 0]))
+    joints = uncrossed(torch.as_tensor(joints, dtype=torch.float32), there).numpy()
+    seen, weights = np.zeros((len(joints), 33, 2)), np.zeros((len(joints), 33))
+    for index, joint in enumerate((0, *KEYPOINTS)):
+        mark = {16: 11, 17: 12, 18: 13, 19: 14, 20: 15, 21: 16, 1: 23, 2: 24, 4: 25, 5: 26, 7: 27, 8: 28, 0: 0}.get(
+            joint
+        )
+        if mark is not None:
+            seen[:, mark] = joints[:, index, :2]
+            weights[:, mark] = joints[:, index, 2].clip(0, 1) ** 2
+    seen[weights == 0] = 0
+    return seen[:, skeleton.landmarks], weights[:, skeleton.landmarks]
+
+
+# ---------------------------------------------------------------- the refinement
+
+
+def _refined(skeleton, turned, transl, seen, weights, masks, marked, camera, fps, config):
+    """The start refined, in chunks that overlap, so that memory does not grow with the clip."""
+    posed = _posed(skeleton, turned, transl)
+    pixels = camera.project(torch.from_numpy(posed)).numpy()
+    extent = np.ptp(pixels, axis=1).max(1).clip(8, None)
+    planted = _planted(skeleton, seen, weights, extent, fps)
+    out = turned.copy(), transl.copy()
+    for begin in range(0, len(turned), _CHUNK):
+        part = slice(max(begin - _OVERLAP, 0), begin + _CHUNK + _OVERLAP)
+        links = slice(part.start, min(part.stop, len(turned)) - 1)
+        evidence = Evidence(
+            *(torch.from_numpy(values[part]).float() for values in (seen, weights)),
+            torch.from_numpy(planted[links]).float(),
+            torch.from_numpy(extent[part]).float(),
+            Outlines.of(masks[part], np.where(marked[part], 1.0, _ALONE)) if masks[part].any() else None,
+        )
+        found = refine(skeleton, turned[part], transl[part], evidence, camera, config.steps)
+        for target, values in zip(out, found):
+            target[begin : begin + _CHUNK] = values[begin - part.start :][:_CHUNK]
+    return out
+
+
+def _planted(skeleton: Skeleton, seen: np.ndarray, weights: np.ndarray, extent: np.ndarray, fps: float) -> np.ndarray:
+    """Whether a landmark of a foot stays in its place from one frame to the next, (T - 1, K) 0..1."""
+    planted = np.zeros((len(seen) - 1, seen.shape[1]))
+    for k in np.flatnonzero(np.isin(skeleton.landmarks, _FEET)):
+        known = weights[:, k] > 0
+        if known.any():
+            path = smoothed(seen[:, k], known.astype(float), stiffness(_FOOT_CUTOFF, fps))
+            speed = np.linalg.norm(np.diff(path, axis=0), axis=1) * fps / extent[1:]
+            planted[:, k] = (1 - ik.smoothstep(speed, *_PLANTED)) * np.minimum(weights[1:, k], weights[:-1, k])
+    return planted
+
+
+def _posed(skeleton: Skeleton, turned: np.ndarray, transl: np.ndarray) -> np.ndarray:
+    """The skeleton's landmarks (T, K, 3)."""
+    return skeleton.posed(torch.from_numpy(turned).float(), torch.from_numpy(transl).float())[1].numpy().astype(float)
+
+
+# ---------------------------------------------------------------- the pose
+
+
+def _hands(skeleton: Skeleton, marks: Landmarks, marked: np.ndarray, camera: Camera, fps: float) -> list[np.ndarray]:
+    """Finger rotations (T, 45) of the left and the right hand."""
+    out = []
+    for side in (0, 1):
+        rest, seen = skeleton.hands[side].astype(float), np.where(marked, marks.hands_seen[:, side], 0.0)
+        known = (seen > 0) & np.isfinite(marks.hands[:, side]).all((1, 2))
+        angles = np.full((len(seen), 45), np.nan)
+        if known.any():
+            angles[known] = fingers.bends(marks.hands[known, side].astype(float) * [1, -1, -1], rest, side)
+        out.append(fingers.steady(angles, seen, fingers.relaxed(rest, side), fps))
+    return out
+
+
+def _relaxed(skeleton: Skeleton, count: int) -> list[np.ndarray]:
+    return [np.tile(fingers.relaxed(skeleton.hands[side].astype(float), side), (count, 1)) for side in (0, 1)]
+
+
+def _pose(turned: np.ndarray, transl: np.ndarray, hands: list[np.ndarray], skeleton: Skeleton) -> Pose:
+    angles = ik.rotvec(local(turned, skeleton.parents[:BODY_JOINTS])).reshape(len(turned), -1)
+    body = {"global_orient": angles[:, :3], "body_pose": angles[:, 3:], "transl": transl}
+    return Pose(**{**Pose.rest(len(turned)).arrays(), **body, "left_hand_pose": hands[0], "right_hand_pose": hands[1]})
+
+
+def _world(angles: np.ndarray) -> np.ndarray:
+    """Angles (N, 66), pelvis first → world rotations (N, 22, 3, 3)."""
+    return world(ik.matrix(angles.reshape(len(angles), BODY_JOINTS, 3).astype(float)), _PARENTS)
+
+
+_PARENTS = np.array([-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19])  # SMPL-X, 22 joints
+
+
+def _overlap(pose: Pose, avatar: Avatar, masks: np.ndarray, times: np.ndarray, camera: Camera) -> np.ndarray:
+    """Intersection over union of the avatar's silhouette and the mask at these times, at reduced resolution."""
     small = camera.scaled(min(1.0, 96 / max(camera.width, camera.height)))
     overlap = []
-    for t, mask in enumerate(masks):
+    for t in times:
         mine = silhouette(avatar.mesh(pose[t : t + 1]).vertices[0], avatar.faces, small).numpy()
-        theirs = cv2.resize(mask.astype(np.float32), mine.shape[::-1], interpolation=cv2.INTER_AREA) >= 0.5
+        theirs = cv2.resize(masks[t].astype(np.float32), mine.shape[::-1], interpolation=cv2.INTER_AREA) >= 0.5
         overlap.append((mine & theirs).sum() / max((mine | theirs).sum(), 1))
     return np.array(overlap, np.float32)
 
 
-class _Surface:
-    """`count` points of a skinned surface on a body of fixed shape, with 22 joints; hands and jaw stay at rest.
-
-    Args:
-        skinned: the surface in the rest pose (V, 3), and its weights (V, 55).
-        nose: number of the body's vertex that is the keypoint.
-    """
-
-    def __init__(self, body: Body, betas: torch.Tensor, skinned: tuple[torch.Tensor, torch.Tensor], nose, count: int):
-        vertices, joints = body.shaped(betas)
-        points, weights = skinned
-        chosen = _spread(points, count)
-        points = torch.cat([points[chosen], vertices[nose][None]])
-        weights = torch.cat([weights[chosen], body.weights[nose][None]])
-        for joint, carried in ((15, slice(22, 25)), (20, slice(25, 40)), (21, slice(40, 55))):
-            weights[:, joint] += weights[:, carried].sum(1)  # head, wrists
-        self._points, self._weights = points, weights[:, :BODY_JOINTS]
-        self._joints, self._parents = joints[:BODY_JOINTS], body.parents[:BODY_JOINTS]
-
-    def __call__(self, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Angles (N, 66), pelvis first → surface points (N, P, 3), joints (N, 22, 3), nose (N, 3); no translation."""
-        count = len(angles)
-        rotations = batch_rodrigues(angles.reshape(-1, 3)).view(count, BODY_JOINTS, 3, 3)
-        joints, matrices = batch_rigid_transform(rotations, self._joints.expand(count, -1, -1), self._parents)
-        blended = (self._weights @ matrices[:, :, :3].flatten(2)).unflatten(-1, (3, 4))
-        points = (blended[..., :3] * self._points[:, None]).sum(-1) + blended[..., 3]
-        return points[:, :-1], joints, points[:, -1]
-
-
-def _spread(points: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices of `count` evenly spread points, in farthest-point order, so that any prefix is evenly spread too."""
-    chosen = torch.zeros(count, dtype=torch.long)
-    distance = torch.full((len(points),), torch.inf)
-    for i in range(1, count):
-        distance = torch.minimum(distance, (points - points[chosen[i - 1]]).square().sum(1))
-        chosen[i] = distance.argmax()
-    return chosen
-
-
-def _refine(
-    surface: _Surface,
-    found: Found,
-    times: np.ndarray,
-    masks: np.ndarray,
-    joints: np.ndarray | None,
-    camera: Camera,
-    steps: int,
-) -> Pose:
-    """Adam on the sum of: surface outside the mask, mask without surface, joints off, unrest in time, change of pose.
-
-    Lengths in the picture are measured in extents of the person, so that no weight depends on the resolution.
-    """
-    outside, targets = _distance_maps(masks), _mask_pixels(masks)
-    extent = found.extent[:, None]
-    size = torch.tensor([camera.width, camera.height], dtype=torch.float32)
-    if joints is not None:
-        with torch.no_grad():
-            _, body_joints, nose = surface(found.angles)
-            posed = camera.project(keypoints(body_joints, nose) + found.transl[:, None])
-            joints = uncrossed(torch.as_tensor(joints, dtype=torch.float32), posed)
-        confidence = joints[..., 2].clamp(0, 1)
-        joints = joints[..., :2].masked_fill(confidence[..., None] == 0, 0.0)
-    adjacent = torch.from_numpy(np.diff(times) == 1).float()[:, None, None]
-    smooth = adjacent[1:] * adjacent[:-1]
-    stiffness = _STIFFNESS[:, None]
-
-    # One unit of each variable is a comparable step: radians, and translation in hundredths of the distance.
-    distance = camera.to_camera(found.transl)[:, 2:].abs()
-    turn, shift = (torch.zeros_like(start, requires_grad=True) for start in (found.angles, found.transl))
-    adam = _Adam([turn, shift], [0.06, 0.15])
-    for step in range(steps):
-        angles, transl = found.angles + turn, found.transl + 0.1 * shift * distance
-        points, body_joints, nose = surface(angles)
-        pixels = camera.project(points + transl[:, None])
-        grid = (2 * pixels / size - 1).clamp(-1, 1)
-        off = F.grid_sample(outside, grid[:, :, None], align_corners=False, padding_mode="border")[:, 0, :, 0] / extent
-        with torch.no_grad():
-            nearest = torch.cdist(targets, pixels).argmin(2, keepdim=True).expand(-1, -1, 2)
-        gap = (targets - pixels.gather(1, nearest)).square().sum(2) / extent.square()
-        loss = 12 * off.mean(1).sum() + 120 * off.square().mean(1).sum()
-        loss = loss + 12 * (gap + 1e-8).sqrt().mean(1).sum() + 120 * gap.mean(1).sum()
-        if joints is not None:
-            posed = camera.project(keypoints(body_joints, nose) + transl[:, None])
-            error = ((posed - joints) / extent[..., None]).square().sum(2)
-            loss = loss + 0.8 * (confidence.square() * (error / (error + 0.06))).mean(1).sum()
-        placed = body_joints + transl[:, None]
-        velocity = placed[1:] - placed[:-1]
-        loss = loss + 0.1 * (adjacent * velocity).square().sum(2).mean(1).sum()
-        loss = loss + (smooth * (velocity[1:] - velocity[:-1])).square().sum(2).mean(1).sum()
-        change = turn.view(len(turn), BODY_JOINTS, 3).square()
-        loss = loss + 0.03 * (stiffness * change[:, 1:]).sum() + 0.05 * change[:, 0].sum()
-        adam.step(torch.autograd.grad(loss, [turn, shift]), 0.55 + 0.45 * np.cos(np.pi * step / steps))
-    angles, transl = (found.angles + turn).detach().numpy(), (found.transl + 0.1 * shift * distance).detach().numpy()
-    rest = Pose.rest(len(angles)).arrays()
-    return Pose(**{**rest, "global_orient": angles[:, :3], "body_pose": angles[:, 3:], "transl": transl})
-
-
-class _Adam:
-    """Kingma and Ba, arXiv 1412.6980, with β = (0.9, 0.95). (`torch.optim` alone takes seconds to import.)"""
-
-    def __init__(self, parameters: list[torch.Tensor], rates: list[float]):
-        self._states = [(p, rate, torch.zeros_like(p), torch.zeros_like(p)) for p, rate in zip(parameters, rates)]
-        self._count = 0
-
-    @torch.no_grad()
-    def step(self, gradients: tuple[torch.Tensor, ...], factor: float) -> None:
-        """One update, at `factor` times the learning rates."""
-        self._count += 1
-        for (parameter, rate, mean, square), gradient in zip(self._states, gradients):
-            mean.lerp_(gradient, 0.1)
-            square.lerp_(gradient.square(), 0.05)
-            size = (square / (1 - 0.95**self._count)).sqrt_().add_(1e-8)
-            parameter.addcdiv_(mean, size, value=-factor * rate / (1 - 0.9**self._count))
-
-
-def _distance_maps(masks: np.ndarray) -> torch.Tensor:
-    """Masks (T, H, W) → (T, 1, H, W) float32: pixels to the nearest pixel of the mask, 0 inside."""
-    maps = [cv2.distanceTransform((~mask).view(np.uint8), cv2.DIST_L2, 3) for mask in masks]
-    return torch.from_numpy(np.stack(maps))[:, None]
-
-
-def _mask_pixels(masks: np.ndarray) -> torch.Tensor:
-    """For each mask `_TARGETS` of its pixel centres, half of them on its contour: (T, n, 2), x then y."""
-    rng = np.random.default_rng(0)
-
-    def drawn(mask: np.ndarray) -> np.ndarray:
-        rim = mask & ~cv2.erode(mask.view(np.uint8), np.ones((3, 3), np.uint8), borderValue=1).view(bool)
-        picks = [np.argwhere(part) for part in (rim if rim.any() else mask, mask)]
-        return np.concatenate([points[rng.integers(len(points), size=_TARGETS // 2)] for points in picks])[:, ::-1]
-
-    return torch.from_numpy(np.stack([drawn(mask) for mask in masks])).float() + 0.5
-
-
-def _fill_gaps(fitted: Pose, seen: np.ndarray, good: np.ndarray, total: int, max_gap: int) -> tuple[Pose, np.ndarray]:
-    """Poses and `ok` of all frames: gaps of at most `max_gap` unseen frames between two good ones are interpolated."""
-    ok = np.zeros(total, bool)
-    ok[seen[good]] = True
-    left = np.clip(np.searchsorted(seen, np.arange(total), side="right") - 1, 0, None)
-    right = np.clip(left + 1, None, len(seen) - 1)
-    between = (np.arange(total) > seen[left]) & (np.arange(total) < seen[right])
-    short = between & (seen[right] - seen[left] - 1 <= max_gap)
-    ok |= short & good[left] & good[right]
-    weight = np.where(between, (np.arange(total) - seen[left]) / np.maximum(seen[right] - seen[left], 1), 0.0)
+def _fill_gaps(fitted: Pose, times: np.ndarray, good: np.ndarray, max_gap: int) -> tuple[Pose, np.ndarray]:
+    """Poses and `ok` of all frames from those fitted at `times`: gaps of at most `max_gap` frames between two good ones
+    are shown too; poses that were not fitted are interpolated."""
+    total = len(good)
+    frames, shown = np.arange(total), np.flatnonzero(good)
+    ok = good.copy()
+    for before, after in itertools.pairwise(shown):
+        if after - before - 1 <= max_gap:
+            ok[before:after] = True
+    left = np.clip(np.searchsorted(times, frames, side="right") - 1, 0, None)
+    right = np.clip(left + 1, None, len(times) - 1)
+    between = (frames > times[left]) & (frames < times[right])
+    weight = np.where(between, (frames - times[left]) / np.maximum(times[right] - times[left], 1), 0.0)
     values = {}
     for name, value in fitted.arrays().items():
         a, b = value[left], value[right]

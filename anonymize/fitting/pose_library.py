@@ -10,10 +10,8 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from anonymize.avatar.camera import Camera
+from anonymize.fitting.skeleton import BODY_JOINTS
 from anonymize.people.embedded.person_net import PAIRS
-
-BODY_JOINTS = 22
-"""The pelvis and the 21 body joints: the SMPL-X joints that poses here speak of."""
 
 KEYPOINTS = (12, 16, 17, 18, 19, 20, 21, 1, 2, 4, 5, 7, 8)
 """SMPL-X joints of a person's keypoints (`person_net.JOINTS`) after the first, the nose, which is no joint."""

@@ -1,16 +1,24 @@
 """Fitted poses stand where the person stood, at their size, and move as they moved."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
+from anonymize.audit.accuracy import procrustes_error
 from anonymize.avatar.body import Body
 from anonymize.avatar.camera import Camera
+from anonymize.avatar.pose import Pose
 from anonymize.avatar.render import silhouette
 from anonymize.avatar.wardrobe import Avatar, draw_identity
-from anonymize.fitting.fit import FitConfig, SilhouetteFitter
+from anonymize.fitting import fingers, refinement
+from anonymize.fitting import fit as fit_module
+from anonymize.fitting.fit import FitConfig, Fitter
 from anonymize.fitting.pose_library import KEYPOINTS, random_poses, uncrossed
-from anonymize.people import Person
+from anonymize.fitting.skeleton import CARRIED, Skeleton
+from anonymize.people import Landmarks, Person
 from anonymize.studio import motions
 from maskdp.errors import UserError
 
@@ -32,8 +40,8 @@ def avatar(body) -> Avatar:
 
 
 @pytest.fixture(scope="module")
-def fitter(body) -> SilhouetteFitter:
-    return SilhouetteFitter(body, FitConfig(library=1500))
+def fitter(body) -> Fitter:
+    return Fitter(body, FitConfig(library=1500))
 
 
 def acted(body: Body, action: str, seed: int = 0, camera: Camera = SEEN_BY):
@@ -49,6 +57,27 @@ def person(masks: np.ndarray, keypoints: np.ndarray | None = None) -> Person:
     if keypoints is not None:
         joints[..., :2], joints[..., 2] = keypoints, present[:, None]
     return Person(0, present, np.zeros((len(masks), 4), np.float32), masks, joints)
+
+
+def marked(body: Body, action: str, frames: int = 40, seed: int = 0, camera: Camera = SEEN_BY, turn: float = 0.0):
+    """A person of another shape with perfect landmarks and relaxed hands, and the truth about their joints."""
+    pose = motions.ACTIONS[action](np.random.default_rng(seed), frames, 25.0)
+    if turn:
+        about = Rotation.from_euler("y", turn)
+        facing = (about * Rotation.from_rotvec(pose.global_orient)).as_rotvec()
+        pose = Pose(**pose.arrays() | {"global_orient": facing, "transl": about.apply(pose.transl)})
+    truth = body(OTHER, pose)
+    masks = np.stack([silhouette(vertices, body.faces, camera).numpy() for vertices in truth.vertices])
+    points = np.zeros((frames, 33, 3), np.float32)
+    for landmark, (_, joint) in CARRIED.items():
+        points[:, landmark] = truth.joints[:, joint]
+    image = np.ones((frames, 33, 3), np.float32)
+    image[..., :2] = camera.project(torch.from_numpy(points)).numpy()
+    middle = points[:, [23, 24]].mean(1, keepdims=True)
+    metres = ((points - middle) @ camera.rotation.T).astype(np.float32)
+    hands = np.full((frames, 2, 21, 3), np.nan, np.float32)
+    marks = Landmarks(image, metres, hands, np.zeros((frames, 2), np.float32))
+    return dataclasses.replace(person(masks), landmarks=marks), truth.joints.numpy()
 
 
 def box(mask: np.ndarray) -> np.ndarray:
@@ -110,6 +139,86 @@ def test_half_a_body_cut_by_the_picture_is_not_made_small(body, avatar, fitter):
     assert fit.iou.mean() > 0.6
 
 
+@pytest.mark.parametrize("action", ["wave", "walk", "sit_down", "pick_up", "kick"])
+@pytest.mark.parametrize("turn", [0.0, 2.5])
+def test_landmarks_give_the_pose_from_any_side(body, avatar, fitter, action, turn):
+    who, truth = marked(body, action, turn=turn)
+    fit = fitter(who, ASSUMED, avatar, 25.0)
+    joints = motions.joints(fit.pose, body, avatar.betas)
+    assert fit.ok.all()
+    assert procrustes_error(joints[:, :22], truth[:, :22]).mean() < 0.04
+    across, there = ((j[:, 1] - j[:, 2])[:, [0, 2]] for j in (joints, truth @ SEEN_BY.rotation.T * [1, -1, -1]))
+    cosine = (across * there).sum(1) / np.linalg.norm(across, axis=1) / np.linalg.norm(there, axis=1)
+    assert np.degrees(np.arccos(cosine.clip(-1, 1))).mean() < 12
+    seen = SEEN_BY.project(torch.from_numpy(truth))[:, [15, 20, 21, 7, 8]].numpy()
+    mine = ASSUMED.project(torch.from_numpy(joints))[:, [15, 20, 21, 7, 8]].numpy()
+    assert np.linalg.norm(mine - seen, axis=2).mean() < 0.04 * SIZE
+
+
+def test_frames_that_the_landmarks_lose_are_bridged(body, avatar, fitter):
+    who, truth = marked(body, "wave")
+    full = fitter(who, ASSUMED, avatar, 25.0)
+    marks = who.landmarks
+    lost = slice(15, 25)
+    for values in (marks.image, marks.world):
+        values[lost] = np.nan
+    fit = fitter(who, ASSUMED, avatar, 25.0)
+    assert fit.ok.all()
+    assert np.isfinite(fit.iou[lost]).all()
+    assert fit.iou[lost].min() > 0.5
+    joints = motions.joints(fit.pose, body, avatar.betas)
+    assert procrustes_error(joints[:, :22], truth[:, :22])[lost].mean() < 0.12
+    there = motions.joints(full.pose, body, avatar.betas)
+    assert np.abs(joints - there)[:10].max() < 0.05
+
+
+def test_a_standing_foot_does_not_slide(body, avatar, fitter, monkeypatch):
+    """The landmarks of feet that stand tremble; the avatar's feet do not, and less than without contact."""
+    who, _ = marked(body, "wave")
+    noise = np.random.default_rng(0).normal(0, 1.2, (40, 6, 2))
+    who.landmarks.image[:, 27:, :2] += noise
+
+    def slide(fit) -> float:
+        ankles = motions.joints(fit.pose, body, avatar.betas)[:, [7, 8]]
+        return float(np.linalg.norm(np.diff(ankles, axis=0), axis=2).mean())
+
+    planted = slide(fitter(who, ASSUMED, avatar, 25.0))
+    monkeypatch.setattr(refinement, "_SLIDE", 0.0)
+    assert planted < 0.007  # metres a frame
+    assert planted < 0.4 * slide(fitter(who, ASSUMED, avatar, 25.0))
+
+
+def test_long_clips_are_fitted_in_chunks_that_meet(body, avatar, monkeypatch):
+    who, _ = marked(body, "wave")
+    whole = Fitter(body)(who, ASSUMED, avatar, 25.0)
+    monkeypatch.setattr(fit_module, "_CHUNK", 16)
+    monkeypatch.setattr(fit_module, "_OVERLAP", 8)
+    parts = Fitter(body)(who, ASSUMED, avatar, 25.0)
+    joints, pieces = (motions.joints(fit.pose, body, avatar.betas) for fit in (whole, parts))
+    assert 0 < np.abs(joints - pieces).max() < 0.03
+
+
+def test_a_seen_hand_is_posed_and_another_is_at_ease(body, avatar, fitter):
+    who, _ = marked(body, "wave")
+    rest = Skeleton.of(avatar).hands
+    easy = [fingers.relaxed(hand.astype(float), side) for side, hand in enumerate(rest)]
+    who.landmarks.hands[:, 0] = (rest[0] - rest[0][0]) * [1, -1, -1]  # flat
+    who.landmarks.hands_seen[:, 0] = 1
+    pose = fitter(who, ASSUMED, avatar, 25.0).pose
+    assert np.abs(pose.left_hand_pose).max() < 0.02
+    np.testing.assert_allclose(pose.right_hand_pose, np.tile(easy[1], (40, 1)), atol=1e-5)
+    assert np.abs(easy[1]).max() > 0.2
+
+
+def test_the_persons_shape_does_not_reach_the_pose(body, avatar, fitter):
+    """Metric landmarks of a person twice as large, seen in the same places, give the same bytes."""
+    who, _ = marked(body, "wave")
+    marks = who.landmarks
+    larger = dataclasses.replace(who, landmarks=dataclasses.replace(marks, world=2 * marks.world))
+    one, two = (fitter(p, ASSUMED, avatar, 25.0).pose.arrays() for p in (who, larger))
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
 def test_the_same_person_gives_the_same_poses(body, avatar, fitter):
     masks, _ = acted(body, "clap")
     one, two = (fitter(person(masks), ASSUMED, avatar).pose.arrays() for _ in range(2))
@@ -119,7 +228,7 @@ def test_the_same_person_gives_the_same_poses(body, avatar, fitter):
 def test_short_gaps_are_filled_and_long_ones_are_not(body, avatar):
     masks, _ = acted(body, "walk")
     masks[3:5] = False
-    filled = SilhouetteFitter(body, FitConfig(library=200, steps=2, iou_floor=0.01, max_gap=2))
+    filled = Fitter(body, FitConfig(library=200, steps=2, iou_floor=0.01, max_gap=2))
     fit = filled(person(masks), ASSUMED, avatar)
     assert fit.ok.all()
     assert np.isnan(fit.iou[3:5]).all()
