@@ -37,7 +37,7 @@ _VISIBLE = (0.05, 0.5)  # visibility at which a landmark begins to count, and co
 _ALONE = 3.0  # weight of a silhouette where there are no landmarks
 _KNUCKLES = 0.3  # weight of the body's knuckle landmarks for the turn of a hand, against those of the hand model
 _CHUNK, _OVERLAP = 256, 16  # frames refined at once, and those refined twice where chunks meet
-_EVERY = 5  # overlap is measured in one frame of so many where there are landmarks
+_EVERY = 10  # overlap is measured in one frame of so many where there are landmarks
 _FEET = (27, 28, 29, 30, 31, 32)  # landmarks
 _PLANTED = (0.12, 0.3)  # extents a second: a foot that moves slower stands, one that moves faster does not
 _FOOT_CUTOFF = 3.0  # Hz, for their speed
@@ -135,7 +135,8 @@ class Fitter:
         measured = outlined[times] & (~marked[times] | (times % _EVERY == 0))
         iou[times[measured]] = _overlap(pose, avatar, person.masks[times], np.flatnonzero(measured), camera)
         good = marked | (iou >= self.config.iou_floor)
-        pose, ok = _fill_gaps(pose, times, good, self.config.max_gap)
+        refused = np.isfinite(iou) & ~good & ~marked.any()  # landmarks before and after tell more than a mask
+        pose, ok = _fill_gaps(pose, times, good, refused, self.config.max_gap)
         return Fit(pose, ok, iou)
 
 
@@ -289,15 +290,17 @@ def _overlap(pose: Pose, avatar: Avatar, masks: np.ndarray, times: np.ndarray, c
     return np.array(overlap, np.float32)
 
 
-def _fill_gaps(fitted: Pose, times: np.ndarray, good: np.ndarray, max_gap: int) -> tuple[Pose, np.ndarray]:
+def _fill_gaps(
+    fitted: Pose, times: np.ndarray, good: np.ndarray, refused: np.ndarray, max_gap: int
+) -> tuple[Pose, np.ndarray]:
     """Poses and `ok` of all frames from those fitted at `times`: gaps of at most `max_gap` frames between two good ones
-    are shown too; poses that were not fitted are interpolated."""
+    are shown too, but for refused frames; poses that were not fitted are interpolated."""
     total = len(good)
     frames, shown = np.arange(total), np.flatnonzero(good)
     ok = good.copy()
     for before, after in itertools.pairwise(shown):
         if after - before - 1 <= max_gap:
-            ok[before:after] = True
+            ok[before:after] = ~refused[before:after]
     left = np.clip(np.searchsorted(times, frames, side="right") - 1, 0, None)
     right = np.clip(left + 1, None, len(times) - 1)
     between = (frames > times[left]) & (frames < times[right])

@@ -16,7 +16,8 @@ WRISTS, INDICES, PINKIES = (15, 16), (19, 20), (17, 18)  # body landmarks, left 
 _PALM = (0, 1, 2, 3, 5, 6, 9, 10, 13, 14, 17, 18)  # the landmarks that span the square of the next frame
 _FROM_BODY, _FROM_HAND, _SHIFT = 2.7, 2.0, -0.1  # sides of the squares in sizes of what spans them; shift in sides
 _LEAST_PRESENCE = 0.5
-_LEAST_SIDE = 12.0  # pixels; a smaller square shows no fingers
+_LEAST_SIDE = 32.0  # pixels; a smaller square shows no fingers
+_PATIENCE = 3  # frames until a hand that was not found is looked for again
 _MOST_APART = 0.35  # distance of the hand's wrist from the body's wrist, in sides of the square from the body
 
 
@@ -43,17 +44,19 @@ class HandFinder:
         hands = np.full((len(frames), 2, 21, 3), np.nan, np.float32)
         seen = np.zeros((len(frames), 2), np.float32)
         for side in range(2):
-            region = None
+            region, again = None, 0
             for t, (frame, body) in enumerate(zip(frames, image)):
                 start = _from_body(*body[[WRISTS[side], INDICES[side], PINKIES[side]], :2])
-                if start is None or not _touches(start, frame):
+                if start is None or t < again or not _touches(start, frame):
                     region = None
                     continue
-                if region is None or np.hypot(*(region.centre - start.centre)) > 0.5 * start.side:
+                followed = region is not None and np.hypot(*(region.centre - start.centre)) < 0.5 * start.side
+                if not followed:
                     region = self._centred(frame, start)
                 found = self._look(frame, region)
                 apart = np.hypot(*(found.pixels[0] - body[WRISTS[side], :2]))
                 if found.presence < _LEAST_PRESENCE or apart > _MOST_APART * start.side:
+                    again = t + (1 if followed else _PATIENCE)
                     region = None
                     continue
                 hands[t, side], seen[t, side] = found.world - found.world[0], found.presence
