@@ -108,32 +108,34 @@ class Fitter:
         Deterministic. Sees the person's masks, joints and landmarks alone, no pixel of the video.
         """
         total = len(person.present)
-        outlined = person.present & person.masks.any((1, 2))
-        marked = np.zeros(total, bool)
+        marked, masks = np.zeros(total, bool), person.masks
         if person.landmarks is not None:
-            marked = person.present & np.isfinite(person.landmarks.world).all((1, 2))
+            torso = ik.directions(person.landmarks.world, np.ones((total, 33)))[0]["torso"]
+            marked = person.present & landmarks.credible(torso)
+            masks = masks & (marked | np.isnan(torso).any(1))[:, None, None]
+        outlined = person.present & masks.any((1, 2))
         iou = np.full(total, np.nan, np.float32)
         if not (outlined | marked).any():
             return Fit(Pose.rest(total), np.zeros(total, bool), iou)
         skeleton = Skeleton.of(avatar)
         if marked.any():
             times = np.arange(total)
-            start = _from_landmarks(skeleton, person.landmarks, person.masks, marked, camera, fps)
-            seen, weights = _landmarks_seen(person.landmarks, skeleton)
+            start = _from_landmarks(skeleton, person.landmarks, masks, marked, camera, fps)
+            seen, weights = _landmarks_seen(person.landmarks, marked, skeleton)
         else:
             times = np.flatnonzero(outlined)
-            found = self._library.search(np.ascontiguousarray(person.masks[times]), person.joints[times], camera)
+            found = self._library.search(np.ascontiguousarray(masks[times]), person.joints[times], camera)
             start = _world(found.angles.numpy()), found.transl.numpy().astype(float)
             seen, weights = _joints_seen(person.joints[times], skeleton, *start, camera)
         turned, transl = _refined(
-            skeleton, *start, seen, weights, person.masks[times], marked[times], camera, fps, self.config
+            skeleton, *start, seen, weights, masks[times], marked[times], camera, fps, self.config
         )
         hands = (
             _hands(skeleton, person.landmarks, marked, camera, fps) if marked.any() else _relaxed(skeleton, len(times))
         )
         pose = _pose(turned, transl, hands, skeleton)
         measured = outlined[times] & (~marked[times] | (times % _EVERY == 0))
-        iou[times[measured]] = _overlap(pose, avatar, person.masks[times], np.flatnonzero(measured), camera)
+        iou[times[measured]] = _overlap(pose, avatar, masks[times], np.flatnonzero(measured), camera)
         good = marked | (iou >= self.config.iou_floor)
         refused = np.isfinite(iou) & ~good & ~marked.any()  # landmarks before and after tell more than a mask
         pose, ok = _fill_gaps(pose, times, good, refused, self.config.max_gap)
@@ -160,7 +162,7 @@ def _from_landmarks(
             seen[name] = np.maximum(sure, _KNUCKLES * seen[name] * (sure == 0))
     turned = ik.solve(skeleton, landmarks.steady(toward, seen, fps))
     posed = _posed(skeleton, turned, np.zeros((len(turned), 3)))
-    pixels, weights = _landmarks_seen(marks, skeleton)
+    pixels, weights = _landmarks_seen(marks, marked, skeleton)
     transl = place(posed, pixels, weights, camera, fps)
     for t in np.flatnonzero(~marked & masks.any((1, 2))):
         rows, columns = np.nonzero(masks[t])
@@ -175,11 +177,11 @@ def _confidence(visibility: np.ndarray) -> np.ndarray:
     return ik.smoothstep(np.nan_to_num(visibility.astype(float)), *_VISIBLE)
 
 
-def _landmarks_seen(marks: Landmarks, skeleton: Skeleton) -> tuple[np.ndarray, np.ndarray]:
+def _landmarks_seen(marks: Landmarks, marked: np.ndarray, skeleton: Skeleton) -> tuple[np.ndarray, np.ndarray]:
     """Where the skeleton's landmarks are seen (T, K, 2), and their weights (T, K): knuckles have none, since those of
     the body model are vague."""
     image = marks.image[:, skeleton.landmarks]
-    weights = _confidence(image[..., 2]) * np.isfinite(image[..., :2]).all(-1)
+    weights = _confidence(image[..., 2]) * np.isfinite(image[..., :2]).all(-1) * marked[:, None]
     weights[:, np.isin(skeleton.landmarks, (17, 18, 19, 20))] = 0
     return np.nan_to_num(image[..., :2].astype(float)), weights
 

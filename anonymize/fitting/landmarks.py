@@ -11,6 +11,7 @@ _PRIOR = 0.03  # weight of a likely direction against a landmark that is fully s
 _GUESSED = 0.1  # least weight of a direction of the trunk, which the model guesses well where it is out of the picture
 _TRUNK_CUTOFF, _LIMB_CUTOFF = 3.5, 8.0  # Hz
 _TRUNK = ("torso", "hips", "shoulders", "ears", "face")
+_JUMP = 1.0  # chord by which a trunk does not turn within a frame
 _OUTLIER = 0.5  # chord of the angle to the smoothed direction beyond which a direction loses weight
 
 
@@ -27,6 +28,25 @@ def to_world(image: np.ndarray, camera: Camera) -> np.ndarray:
     aside = np.nan_to_num(image[:, (11, 12, 23, 24), 0].mean(1) - camera.width / 2)
     turn = ik.matrix(np.arctan2(aside, camera.focal)[:, None] * [0, 1.0, 0])
     return np.swapaxes(turn, 1, 2) @ camera.rotation
+
+
+def credible(torso: np.ndarray) -> np.ndarray:
+    """(T,) bool: frames whose landmarks can be relied on, by the direction of the trunk (T, 3), NaN where unknown.
+
+    Where the trunk turns faster than people do, one side of the jump is wrong, mostly the shorter one: stretches that
+    begin or end with a jump and are shorter than half of the longest stretch are left out.
+    """
+    found = np.flatnonzero(np.isfinite(torso).all(1))
+    good = np.zeros(len(torso), bool)
+    if not len(found):
+        return good
+    turned = np.linalg.norm(np.diff(torso[found], axis=0), axis=1) / np.diff(found) ** 0.5
+    cuts = np.flatnonzero(turned > _JUMP) + 1
+    stretches = np.split(found, cuts)
+    longest = max(map(len, stretches))
+    for stretch in stretches:
+        good[stretch] = len(stretch) >= longest / 2
+    return good
 
 
 def steady(vectors: dict, seen: dict, fps: float) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ import numpy as np
 from anonymize.avatar.camera import Camera
 from anonymize.fitting.smoothing import smoothed, stiffness
 
-_DEPTH_CUTOFF, _CUTOFF = 1.0, 5.0  # Hz: people move slowly along the optical axis, and little else tells their distance
+_DEPTH_CUTOFF, _CUTOFF = 0.4, 5.0  # Hz: people move slowly along the optical axis, and little else tells their distance
 _OFF = 0.12  # of the person's extent in the picture: a landmark that far off its place counts half
 _NEAREST = 0.3  # metres
 _ROUNDS = 4

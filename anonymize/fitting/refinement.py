@@ -11,7 +11,7 @@ from anonymize.avatar.camera import Camera
 from anonymize.fitting.skeleton import BODY_JOINTS, Skeleton
 
 _OFF = 0.1  # of the person's extent: a landmark that far off its place counts half
-_PICTURE, _OUTLINE, _KEPT, _BENT, _SMOOTH, _SLIDE = 60.0, 12.0, 0.25, 0.15, 30.0, 300.0
+_PICTURE, _OUTLINE, _KEPT, _BENT, _SMOOTH, _SLIDE = 60.0, 40.0, 0.25, 0.15, 30.0, 300.0
 # How readily each joint leaves its start: limbs freely, trunk and head hardly.
 _STIFF = torch.tensor([4, 1, 1, 6, 1, 1, 6, 4, 4, 6, 4, 4, 6, 3, 3, 4, 1, 1, 1, 1, 4, 4.0])
 _TARGETS = 160  # pixels of a silhouette that must have a surface point near

@@ -131,6 +131,16 @@ def test_a_gap_is_bridged_and_the_ends_are_held(skeleton):
     assert (found[27:] * truth[26]).sum(1).min() > 0.97
 
 
+def test_a_trunk_that_flips_is_not_believed_but_one_that_falls_is():
+    angle = np.linspace(0, 1.6, 60)
+    falling = np.stack([np.sin(angle), np.cos(angle), 0 * angle], 1)
+    assert landmarks.credible(falling).all()
+    falling[10:15], falling[40:43], falling[50] = [0, -1, 0], np.nan, [0.6, 0, 0.8]
+    wrong = np.zeros(60, bool)
+    wrong[:15] = wrong[40:43] = wrong[50:] = True
+    assert (landmarks.credible(falling) == ~wrong).all()
+
+
 def test_smoothing_has_the_gain_it_states():
     t = np.arange(2000)
     for frequency in (0.5, 3.0, 6.0):
