@@ -111,7 +111,7 @@ class Fitter:
         marked, masks = np.zeros(total, bool), person.masks
         if person.landmarks is not None:
             torso = ik.directions(person.landmarks.world, np.ones((total, 33)))[0]["torso"]
-            marked = person.present & landmarks.credible(torso)
+            marked = person.present & landmarks.credible(torso, fps)
             masks = masks & (marked | np.isnan(torso).any(1))[:, None, None]
         outlined = person.present & masks.any((1, 2))
         iou = np.full(total, np.nan, np.float32)

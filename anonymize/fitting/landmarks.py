@@ -11,7 +11,7 @@ _PRIOR = 0.03  # weight of a likely direction against a landmark that is fully s
 _GUESSED = 0.1  # least weight of a direction of the trunk, which the model guesses well where it is out of the picture
 _TRUNK_CUTOFF, _LIMB_CUTOFF = 3.5, 8.0  # Hz
 _TRUNK = ("torso", "hips", "shoulders", "ears", "face")
-_JUMP = 1.0  # chord by which a trunk does not turn within a frame
+_TURN = 15.0  # radians a second; no trunk turns faster
 _OUTLIER = 0.5  # chord of the angle to the smoothed direction beyond which a direction loses weight
 
 
@@ -30,22 +30,29 @@ def to_world(image: np.ndarray, camera: Camera) -> np.ndarray:
     return np.swapaxes(turn, 1, 2) @ camera.rotation
 
 
-def credible(torso: np.ndarray) -> np.ndarray:
+def credible(torso: np.ndarray, fps: float) -> np.ndarray:
     """(T,) bool: frames whose landmarks can be relied on, by the direction of the trunk (T, 3), NaN where unknown.
 
-    Where the trunk turns faster than people do, one side of the jump is wrong, mostly the shorter one: stretches that
-    begin or end with a jump and are shorter than half of the longest stretch are left out.
+    Where the trunk turns faster than people do, one side of the jump is wrong, mostly the shorter one. The frames are
+    parted at jumps; from the longest part on to both sides, a part is left out that does not go on where the last one
+    relied on ended, unless it is half as long as the longest.
     """
-    found = np.flatnonzero(np.isfinite(torso).all(1))
-    good = np.zeros(len(torso), bool)
+    found, good = np.flatnonzero(np.isfinite(torso).all(1)), np.zeros(len(torso), bool)
     if not len(found):
         return good
-    turned = np.linalg.norm(np.diff(torso[found], axis=0), axis=1) / np.diff(found) ** 0.5
-    cuts = np.flatnonzero(turned > _JUMP) + 1
-    stretches = np.split(found, cuts)
-    longest = max(map(len, stretches))
-    for stretch in stretches:
-        good[stretch] = len(stretch) >= longest / 2
+    most = np.clip(_TURN / fps, 0.5, 1.4)
+
+    def jumps(before: np.ndarray, then: np.ndarray) -> np.ndarray:
+        return np.linalg.norm(torso[then] - torso[before], axis=-1) > most * np.sqrt(np.abs(then - before))
+
+    parts = np.split(found, np.flatnonzero(jumps(found[:-1], found[1:])) + 1)
+    longest = max(range(len(parts)), key=lambda index: len(parts[index]))
+    good[parts[longest]] = True
+    for after, near, far in ((True, 0, -1), (False, -1, 0)):
+        end = parts[longest][far]
+        for part in parts[longest + 1 :] if after else parts[:longest][::-1]:
+            if len(part) >= len(parts[longest]) / 2 or not jumps(end, part[near]):
+                good[part], end = True, part[far]
     return good
 
 

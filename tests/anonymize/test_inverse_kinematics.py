@@ -134,11 +134,12 @@ def test_a_gap_is_bridged_and_the_ends_are_held(skeleton):
 def test_a_trunk_that_flips_is_not_believed_but_one_that_falls_is():
     angle = np.linspace(0, 1.6, 60)
     falling = np.stack([np.sin(angle), np.cos(angle), 0 * angle], 1)
-    assert landmarks.credible(falling).all()
-    falling[10:15], falling[40:43], falling[50] = [0, -1, 0], np.nan, [0.6, 0, 0.8]
+    assert landmarks.credible(falling, 25.0).all()
+    falling[:8], falling[20], falling[40:43] = [0, -1, 0], [0.6, 0, 0.8], np.nan
+    falling[50:53] = [0, -1, 0]
     wrong = np.zeros(60, bool)
-    wrong[:15] = wrong[40:43] = wrong[50:] = True
-    assert (landmarks.credible(falling) == ~wrong).all()
+    wrong[:8] = wrong[20] = wrong[40:43] = wrong[50:53] = True
+    assert (landmarks.credible(falling, 25.0) == ~wrong).all()
 
 
 def test_smoothing_has_the_gain_it_states():
