@@ -16,6 +16,7 @@ from anonymize.people import FinderConfig, Landmarks, People, Person
 from anonymize.people.blazepose import models, wheel
 from anonymize.people.blazepose.detector import Detector
 from anonymize.people.blazepose.faces import FaceDetector
+from anonymize.people.blazepose.hands import HandFinder
 from anonymize.people.blazepose.landmarks import COUNT, NAMES, Landmarker, Sighting
 from anonymize.people.blazepose.smooth import one_euro
 from anonymize.people.blazepose.tracks import BODY, Follower, Track
@@ -108,6 +109,7 @@ class BlazePoseFinder:
         self._detect = Detector(config.folder)
         self._faces = FaceDetector(config.folder)
         self._follow = Follower(self._detect, Landmarker(config.folder), config.every)
+        self._hands = HandFinder(config.folder)
 
     def find(self, frames: np.ndarray, fps: float) -> People:
         """Finds the people of a clip; see `People` for what comes back."""
@@ -131,7 +133,7 @@ class BlazePoseFinder:
             moved &= known
             removal |= grown(moved, margin, down=margin)
             removal |= _whole(~known, margin)
-        persons = tuple(self._person(number, track, frames.shape[:3], fps) for number, track in enumerate(people))
+        persons = tuple(self._person(number, track, frames, fps) for number, track in enumerate(people))
         persons = _apart(persons)
         notes = {
             "removed": round(float(removal.mean()), 4),
@@ -220,8 +222,8 @@ class BlazePoseFinder:
                     return f"a person is lost from view within the picture in frame {t}, and the camera moves"
         return None
 
-    def _person(self, number: int, track: Track, shape: tuple[int, int, int], fps: float) -> Person:
-        total, height, width = shape
+    def _person(self, number: int, track: Track, frames: np.ndarray, fps: float) -> Person:
+        total, height, width = shape = frames.shape[:3]
         present = np.zeros(total, bool)
         image = np.full((total, COUNT, 3), np.nan, np.float32)
         image[..., 2] = 0
@@ -239,8 +241,7 @@ class BlazePoseFinder:
                 masks[t] = sighting.mask(height, width) > 127
                 boxes[t] = _box(masks[t], image[t], (width, height))
             present[run] = True
-        hands = np.full((total, 2, 21, 3), np.nan, np.float32)
-        landmarks = Landmarks(image, world, hands, np.zeros((total, 2), np.float32))
+        landmarks = Landmarks(image, world, *self._hands(frames, image))
         return Person(number, present, boxes, masks, joints(image), landmarks=landmarks)
 
     def _doubt(self, persons: tuple[Person, ...], notes: dict) -> str | None:
