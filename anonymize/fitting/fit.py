@@ -39,6 +39,7 @@ _KNUCKLES = 0.3  # weight of the body's knuckle landmarks for the turn of a hand
 _CHUNK, _OVERLAP = 256, 16  # frames refined at once, and those refined twice where chunks meet
 _EVERY = 10  # overlap is measured in one frame of so many where there are landmarks
 _FEET = (27, 28, 29, 30, 31, 32)  # landmarks
+_ENDS = {15: 3.0, 16: 3.0, 27: 2.0, 28: 2.0}  # weights in the refinement: hands shall reach what they reached
 _PLANTED = (0.12, 0.3)  # extents a second: a foot that moves slower stands, one that moves faster does not
 _FOOT_CUTOFF = 3.0  # Hz, for their speed
 
@@ -214,6 +215,7 @@ def _refined(skeleton, turned, transl, seen, weights, masks, marked, camera, fps
     pixels = camera.project(torch.from_numpy(posed)).numpy()
     extent = np.ptp(pixels, axis=1).max(1).clip(8, None)
     planted = _planted(skeleton, seen, weights, extent, fps)
+    weights = weights * [_ENDS.get(landmark, 1.0) for landmark in skeleton.landmarks]
     out = turned.copy(), transl.copy()
     for begin in range(0, len(turned), _CHUNK):
         part = slice(max(begin - _OVERLAP, 0), begin + _CHUNK + _OVERLAP)

@@ -152,7 +152,9 @@ def test_landmarks_give_the_pose_from_any_side(body, avatar, fitter, action, tur
     assert np.degrees(np.arccos(cosine.clip(-1, 1))).mean() < 12
     seen = SEEN_BY.project(torch.from_numpy(truth))[:, [15, 20, 21, 7, 8]].numpy()
     mine = ASSUMED.project(torch.from_numpy(joints))[:, [15, 20, 21, 7, 8]].numpy()
-    assert np.linalg.norm(mine - seen, axis=2).mean() < 0.04 * SIZE
+    off = np.linalg.norm(mine - seen, axis=2).mean(0) / SIZE
+    assert off.max() < 0.01
+    assert off[1:3].max() < 0.004  # hands reach what they reached
 
 
 def test_frames_that_the_landmarks_lose_are_bridged(body, avatar, fitter):
