@@ -293,7 +293,7 @@ def test_a_perfect_finder_and_fit_score_perfectly_and_a_missed_person_counts(tak
     anonymizer = Anonymizer.__new__(Anonymizer)
     anonymizer.config, anonymizer.body, anonymizer.wardrobe = AnonymizeConfig(out="out"), Body(), Wardrobe(b"7" * 16)
     anonymizer.finder = type("Fixed", (), {"find": lambda self, frames, fps: found})()
-    anonymizer.fitter = lambda person, camera, avatar: Fit(both.poses[0], np.ones(total, bool), np.ones(total))
+    anonymizer.fitter = lambda person, camera, avatar, fps: Fit(both.poses[0], np.ones(total, bool), np.ones(total))
     scores = accuracy.score(anonymizer, dataclasses.replace(take, truth=both))
     expected = [1.0] * total + [0.0 if missed else 1.0] * total
     assert scores.removed == scores.tracked == expected
