@@ -50,13 +50,14 @@ LEAST_LIFE = 4  # frames; a track of fewer is a mistake unless the finished fram
 LEAST_COVERED = 0.6  # part of a face that is removed; else whoever it belongs to was missed
 MOST_VISIBLE, LEAST_VISIBLE = 12, 0.75  # so many landmarks are seen with this mean visibility
 LEAST_SMALL = 0.0008  # part of the picture; smaller pieces that only the embedded network sees are nobody
-MOST_SMALL = 0.34  # of the looks; a moving camera's clip with more of such people is in doubt
+MOST_SMALL = 0.2  # of the looks; a moving camera's clip with more of such people is in doubt
 EDGE = 0.04  # of the short side; who reaches as near to the border of the picture may leave it
 HOLD_FRAMES = 8  # frames at the ends of a clip in which a track may begin or end anywhere
+BACKGROUND_SAMPLES = 30  # frames that the empty scene is made from, for motion
 HOLD = 0.4  # seconds for which the last outline of a track stays removed
 GAP = 1.5  # seconds; tracks no farther apart in time and near in space are one person
-IMAGE_SMOOTHING = 1.5, 0.01  # Hz, and Hz a pixel a second at a crop of 256 pixels
-WORLD_SMOOTHING = 1.5, 1.5  # Hz, and Hz a metre a second
+IMAGE_SMOOTHING = 3.0, 0.05  # Hz, and Hz a pixel a second at a crop of 256 pixels
+WORLD_SMOOTHING = 3.0, 10.0  # Hz, and Hz a metre a second
 
 
 @FinderConfig.register_subclass("blazepose")
@@ -122,11 +123,11 @@ class BlazePoseFinder:
         for track in (*people, *others):
             self._cover(removal, track.sightings, margin, hold)
         self._cover_faces(removal, frames)
-        small = self._cover_small(removal, frames, margin)
         moving = cues.camera_motion(frames)
+        small = self._cover_small(removal, frames, margin, config.every if moving else 2 * config.every)
         background = known = None
         if not moving:
-            background, known = cues.background_model(frames, removal)
+            background, known = cues.background_model(frames, removal, BACKGROUND_SAMPLES)
             light = cues.light_changes(frames, removal, background)
             moved = cues.foreground(frames, background, known, light)
             known &= ~cues.ghosts(frames, background, moved)
@@ -189,10 +190,10 @@ class BlazePoseFinder:
                     near = slice(max(t - self.config.every, 0), t + self.config.every + 1)
                     removal[near] |= filled((height, width), body_below(face.box[None]))
 
-    def _cover_small(self, removal: np.ndarray, frames: np.ndarray, margin: float) -> float:
+    def _cover_small(self, removal: np.ndarray, frames: np.ndarray, margin: float, every: int) -> float:
         """Adds what the embedded network sees beside everybody, as a rule people too small for the models; the part of
         the looks that showed such."""
-        times = np.unique([*range(0, len(frames), self.config.every), len(frames) - 1])
+        times = np.unique([*range(0, len(frames), every), len(frames) - 1])
         looks = 0
         for t in times:
             seen = person_net.pieces(frames[t], least=LEAST_SMALL)
@@ -202,8 +203,7 @@ class BlazePoseFinder:
             outside[0] = False
             if outside.any():
                 looks += 1
-                near = slice(max(t - self.config.every, 0), t + self.config.every + 1)
-                removal[near] |= cues.dilated(outside[labels], 2 * margin)
+                removal[max(t - every, 0) : t + every + 1] |= cues.dilated(outside[labels], 2 * margin)
         return looks / len(times)
 
     def _lost(self, people: list[Track], shape: tuple[int, ...]) -> str | None:
