@@ -11,7 +11,7 @@ from anonymize.avatar.render import render
 from anonymize.avatar.wardrobe import Avatar, draw_identity
 from anonymize.people.blazepose import models, wheel
 from anonymize.people.blazepose.crops import Crop
-from anonymize.people.blazepose.finder import BlazePoseFinder, joined
+from anonymize.people.blazepose.finder import ENDS, HIPS, BlazePoseFinder, is_an_arm, joined
 from anonymize.people.blazepose.landmarks import NAMES, Sighting
 from anonymize.people.blazepose.smooth import one_euro
 from anonymize.people.blazepose.tracks import Track
@@ -162,6 +162,16 @@ def test_somebody_lost_within_the_picture_is_a_doubt_and_who_walks_out_of_it_is_
     whole = track(**{f"t{t}": 100 for t in range(60)})
     assert finder._lost([whole], shape) is None
     assert finder._lost([inside, whole], shape) is None  # the other stands in front
+
+
+def test_an_arm_taken_for_a_body_gets_no_avatar():
+    """Hips above shoulders without hands and feet; a handstand shows those."""
+    upright, upside_down, handstand = (track(**{f"t{t}": 100 for t in range(5)}) for _ in range(3))
+    for one, up in ((upright, 20), (upside_down, -20), (handstand, -20)):
+        for seen in one.sightings.values():
+            seen.image[HIPS, 1] += up
+            seen.image[ENDS, 3] = 0.9 if one is handstand else 0.1
+    assert [is_an_arm(one) for one in (upright, upside_down, handstand)] == [False, True, False]
 
 
 def test_one_euro_takes_noise_and_leaves_motion():

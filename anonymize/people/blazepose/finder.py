@@ -42,6 +42,8 @@ LIMBS = tuple(
         ("left_hip", "right_hip"),
     )
 )
+SHOULDERS, HIPS = ([NAMES.index(f"{s}_{joint}") for s in ("left", "right")] for joint in ("shoulder", "hip"))
+ENDS = [NAMES.index(f"{s}_{joint}") for s in ("left", "right") for joint in ("wrist", "ankle")]
 HEAD = range(11)  # landmarks of the face
 LIMB, SKULL = 0.035, 0.06  # sides of the crop: thickness of a drawn limb, radius of a drawn head with its hair
 GROWN = 0.012  # sides of the crop by which an outline grows, besides the margin
@@ -157,7 +159,7 @@ class BlazePoseFinder:
             visible = np.sort(seen, axis=1)[:, -MOST_VISIBLE:].mean()
             agreed = track.agreed >= max(2, 0.1 * track.looks)
             sure = len(track.sightings) >= least and presence >= self.config.least_presence and agreed
-            sure = sure and visible >= LEAST_VISIBLE
+            sure = sure and visible >= LEAST_VISIBLE and not is_an_arm(track)
             if sure:
                 people.append(track)
             elif len(track.sightings) >= LEAST_LIFE and presence > 0.6:
@@ -277,6 +279,15 @@ def joined(tracks: list[Track], gap: int) -> list[Track]:
             best[1].looks += track.looks
             best[1].agreed += track.agreed
     return out
+
+
+def is_an_arm(track: Track) -> bool:
+    """Whether the model took something else for a body, as a rule the arm of a person whose head is out of view: hips
+    above the shoulders in most frames, and neither hands nor feet."""
+    seen = np.stack([sighting.image[:COUNT] for sighting in track.sightings.values()])
+    upside_down = np.median(seen[:, HIPS, 1].mean(1) - seen[:, SHOULDERS, 1].mean(1)) < 0
+    ends = (seen[:, ENDS, 3] * seen[:, ENDS, 4]).mean()
+    return bool(upside_down and ends < SEEN)
 
 
 def drawn(mask: np.ndarray, seen: Sighting) -> None:
