@@ -97,12 +97,12 @@ class Anonymizer:
             subjects: the people in it by name, where known.
             people: where they are, if that is known already, as it must be with `finder.type: precomputed`; None: the
                 finder finds them.
-            keep, only: frames and places (pixels of `frames`) of who stays visible, and of who alone goes. Everybody is
-                removed first, and what is written is judged, as if nobody stayed; then the original returns where they
-                are.
+            keep, only: frames and places (pixels of `frames`) of who stays visible, and of who alone goes. All persons
+                are removed first, and the result is judged as without this option; then the original returns where
+                those kept are.
 
         Raises:
-            UserError: at one of those places there is nobody, or more than one person.
+            UserError: at one of those places there is no person, or more than one.
         """
         total = len(frames)
         people = people or self.finder.find(frames, fps)
@@ -143,7 +143,7 @@ class Anonymizer:
             return quarantined(f"{missing.mean():.0%} of the frames show a person who could not be re-posed", **figures)
         if not any(fit.ok.any() for fit in fits):
             left = any((person.present & ~stays).any() for person, stays in zip(people.persons, kept))
-            return quarantined("nobody could be re-posed" if left else "everybody in it is kept visible", **figures)
+            return quarantined("no person could be re-posed" if left else "everybody in it is kept visible", **figures)
 
         nearness = [person.nearness for person in people.persons]
         samples = self.config.avatar.samples

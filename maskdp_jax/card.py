@@ -21,9 +21,7 @@ _ASSIGNMENTS = {
     "alone": "clips of several people are left out, so that one person fewer is one record fewer and changes no other",
 }
 _EVALUATION = "accuracies are computed on evaluation records without noise; those records are unprotected"
-_OVERLAP = (
-    ". By option, evaluation records overlap with training records: ε does not cover whoever is told these accuracies"
-)
+_OVERLAP = ". By option, evaluation records overlap with training records: ε does not cover these accuracies"
 _SIDE_INFORMATION = (
     "labels",
     "silhouette, pose, gait, placement and timing of every person",

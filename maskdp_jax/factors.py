@@ -722,7 +722,7 @@ def _unit(array: Array) -> float:
 
 
 def _contraction_error(positions: int) -> float:
-    """Of a sum over so many positions, in roundoffs of the sum of their sizes; seen to be up to 80."""
+    """Of a sum over that number of positions, in roundoffs of the sum of their sizes; seen to be up to 80."""
     return 4 + min(positions, 4096) / 32
 
 

@@ -1,6 +1,6 @@
 """The ledger of a dataset: every run on its private layers is entered before its first step, finished or not.
 
-A run that was started and thrown away has been seen by whoever threw it away. What publishing costs is therefore the
+The results of a discarded run may have influenced later choices. What publishing costs is therefore the
 composition of all runs in the ledger, not of those that were kept.
 """
 

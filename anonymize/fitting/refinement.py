@@ -16,7 +16,7 @@ _PICTURE, _OUTLINE, _KEPT, _BENT, _SMOOTH, _SLIDE = 60.0, 40.0, 0.25, 0.15, 30.0
 _STIFF = torch.tensor([4, 1, 1, 6, 1, 1, 6, 4, 4, 6, 4, 4, 6, 3, 3, 4, 1, 1, 1, 1, 4, 4.0])
 _TARGETS = 160  # pixels of a silhouette that must have a surface point near
 _LARGEST = 96  # pixels; masks are compared at this size
-_AGAIN = 3  # the nearest surface points are looked up in one step of so many
+_AGAIN = 3  # steps between two look-ups of the nearest surface points
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,7 +60,7 @@ def kept(people: People, keep: Sequence[tuple[int, Place]], only: Sequence[tuple
         only: frame and place of each person to go: all others who are there in that frame are kept.
 
     Raises:
-        UserError: at one of the places there is nobody, or more than one person.
+        UserError: at one of the places there is no person, or more than one.
     """
     out = np.zeros((len(people.persons), len(people.removal)), bool)
     for frame, place in keep:
@@ -96,7 +96,7 @@ def _who(persons: Sequence[Person], frame: int, place: Place) -> int:
         inside = [who for who in found if _holds(persons[who].masks[frame], x0, y0)]
         found = inside or found
     if len(found) != 1:
-        who = "more than one person" if found else "nobody"
+        who = "more than one person" if found else "no person"
         raise UserError(f"{who} at {place.seconds:g} s where --keep or --only says")
     return found[0]
 
@@ -113,12 +113,12 @@ def _apart(people: People, who: int, frame: int) -> np.ndarray:
     """
     person = people.persons[who]
     sure = person.present & person.masks.any((1, 2))
-    for other, somebody in enumerate(people.persons):
+    for other, neighbour in enumerate(people.persons):
         if other != who:
-            a, b = person.boxes, somebody.boxes
+            a, b = person.boxes, neighbour.boxes
             with np.errstate(invalid="ignore"):
                 meet = (np.minimum(a[:, 2:], b[:, 2:]) > np.maximum(a[:, :2], b[:, :2])).all(1)
-            sure &= ~(meet & somebody.present)
+            sure &= ~(meet & neighbour.present)
     breaks = np.flatnonzero(~sure)
     before, after = breaks[breaks <= frame], breaks[breaks > frame]
     first, last = (before[-1] + 1 if len(before) else 0), (after[0] if len(after) else len(sure))
@@ -126,7 +126,7 @@ def _apart(people: People, who: int, frame: int) -> np.ndarray:
 
 
 def shown(people: People, kept: np.ndarray, blanked: np.ndarray) -> np.ndarray:
-    """(T, H, W) bool: where the original is shown: around who is kept, as far as nobody else is.
+    """(T, H, W) bool: where the original is shown: around the person kept, outside the surroundings of others.
 
     Args:
         kept: (P, T) bool, of `kept`.

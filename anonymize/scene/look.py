@@ -14,7 +14,7 @@ Look = Callable[[np.ndarray, bool], dict[str, np.ndarray]]
 """From a frame (H, W, 3) uint8, and whether to look thoroughly, to what each detector takes for people, (H, W) bool by
 the detector's name."""
 
-THOROUGH = 4  # one look in so many is a thorough one, and the first
+THOROUGH = 4  # looks from one thorough look to the next; the first look is thorough
 CHANGED = 16  # grey levels; a frame in which no place differs more from one looked at before shows the same
 
 

@@ -17,7 +17,7 @@ Inpaint = Callable[[np.ndarray, np.ndarray], np.ndarray]
 MOST_REMOVED = 0.92  # of a frame; beyond it nothing of the scene is left to show
 BLANK = cues.GREY
 HOLDS = (3, 15, 10**6)  # frames before and after for which what is still seen is removed, round by round
-MOST_PAINTED = 0.5  # of what looks like a person; more is a picture that was painted, and nobody
+MOST_PAINTED = 0.5  # of what looks like a person; with more of it painted, it is a false positive of the painting
 SAMPLES = 60  # frames of a shot that its scene is made from
 LEAST_FRAMES = 3  # of a shot that can fill its own holes
 MISFIT = 10  # grey levels; a frame that differs more from the scene, on average, was laid onto it wrongly
@@ -60,8 +60,8 @@ def remove(
     removed almost whole is blanked.
 
     Detectors then look at every finished frame. What they still take for a person is removed as well and everything
-    is filled again, for `HOLDS` rounds; each round removes it for longer before and after. Somebody who is seen even
-    then is a doubt.
+    is filled again, for `HOLDS` rounds; each round removes it for longer before and after. A person seen even
+    then is a failure reason.
 
     Guarantees: the result is a function of the pixels outside `people.removal` and of the mask itself. Whatever the
     removed pixels held, the output's bytes are the same (`people.background` is not read).
@@ -87,7 +87,7 @@ def remove(
             return Removal(out, blanked, None, repairs)
         if seen.any() and repairs == len(HOLDS):
             times = np.flatnonzero(seen.any((1, 2)))
-            doubt = f"somebody may still be seen in {len(times)} frames, the first is {times[0]}"
+            doubt = f"a person may still be seen in {len(times)} frames, the first is {times[0]}"
             return Removal(out, blanked, doubt, repairs)
         if seen.any():
             removal |= _held(seen, HOLDS[repairs], margin)
@@ -209,7 +209,7 @@ def _smooth(values: np.ndarray, where: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def _still_seen(out: np.ndarray, blanked: np.ndarray, painted: np.ndarray, looks: tuple[Look, ...]) -> np.ndarray:
-    """(T, H, W) bool: what looks like a person in the finished frames. What was mostly `painted` is nobody."""
+    """(T, H, W) bool: what looks like a person in the finished frames. What was mostly `painted` does not count."""
     found = np.zeros(painted.shape, bool)
     for masks in everywhere(out, ~blanked, looks).values():
         for t in np.flatnonzero(masks.any((1, 2))):
@@ -223,7 +223,7 @@ def _still_seen(out: np.ndarray, blanked: np.ndarray, painted: np.ndarray, looks
 
 
 def _held(found: np.ndarray, frames: int, margin: float) -> np.ndarray:
-    """What was found (T, H, W), grown, and held for so many frames before and after."""
+    """What was found (T, H, W), grown, and held for that number of frames before and after."""
     held = np.zeros_like(found)
     for t in np.flatnonzero(found.any((1, 2))):
         held[max(t - frames, 0) : t + frames + 1] |= cues.dilated(found[t], margin)

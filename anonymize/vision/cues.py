@@ -120,7 +120,7 @@ def corners(
 
 
 def changed(before: np.ndarray, now: np.ndarray, levels: float) -> bool:
-    """Whether any square of 8 pixels of a picture (H, W, 3) uint8 differs by more than so many grey levels."""
+    """Whether any square of 8 pixels of a picture (H, W, 3) uint8 differs by more than that number of grey levels."""
     thin = (cv2.resize(picture, None, fx=0.125, fy=0.125, interpolation=cv2.INTER_AREA) for picture in (before, now))
     return bool((cv2.absdiff(*thin) > levels).any())
 

@@ -1,6 +1,6 @@
 """Lower bounds on ε from what canaries left in the releases.
 
-One-run auditing: a coin decides for every canary whether it is there; whoever guesses many coins right refutes a small
+One-run auditing: a coin decides for every canary whether it is there; many coins guessed right refute a small
 ε (Steinke et al., arXiv 2305.08846; with the trade-off curve of a Gaussian mechanism in place of (ε, δ), Mahloujifar et
 al., arXiv 2410.22235). Those two hold for any mechanism. The bound by Clopper and Pearson (arXiv 2101.04535) takes the
 canaries for independent, which they are in the mechanism as claimed: they share no coordinate, and the noise of

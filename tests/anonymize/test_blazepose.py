@@ -213,5 +213,5 @@ def test_loading_a_model_says_nothing(capfd):
 
 
 @needs_models
-def test_an_empty_room_holds_nobody():
+def test_no_person_is_found_in_an_empty_room():
     assert Detector().tiled(np.full((192, 256, 3), 180, np.uint8), list(tiles(192, 256))) == []

@@ -106,7 +106,7 @@ def test_landmarks_lie_on_the_person_and_absent_frames_have_none(crossing):
             assert person.masks[t].any()
 
 
-def test_the_room_returns_and_nobody_is_seen_in_it(crossing):
+def test_the_room_is_restored_without_a_person(crossing):
     frames, truth, people = crossing
     result = remove(frames, people)
     assert result.doubt is None
@@ -153,7 +153,7 @@ def test_tracks_that_follow_each_other_nearby_are_one_person():
     assert len(joined([track(t0=50), track(t0=52)], gap=6)) == 2
 
 
-def test_somebody_lost_within_the_picture_is_a_doubt_and_who_walks_out_of_it_is_not(finder):
+def test_a_track_lost_within_the_picture_is_a_failure_and_one_that_leaves_it_is_not(finder):
     shape = 60, 100, 200, 3
     inside = track(**{f"t{t}": 100 for t in range(30)})
     assert "frame 29" in finder._lost([inside], shape)

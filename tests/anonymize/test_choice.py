@@ -1,4 +1,4 @@
-"""Who is kept visible: found by a click or a box, kept only where nobody else is near, and recorded."""
+"""Who is kept visible: found by a click or a box, kept only where no other person is near, and recorded."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ TOTAL, HEIGHT, WIDTH = 12, 64, 96
 
 
 def person(track: int, lefts, absent=()) -> Person:
-    """Somebody 14 pixels wide and 44 high, whose left edge is at `lefts` (T,)."""
+    """A person 14 pixels wide and 44 high, whose left edge is at `lefts` (T,)."""
     present = ~np.isin(np.arange(TOTAL), absent)
     boxes = np.stack([lefts, np.full(TOTAL, 12), np.add(lefts, 14), np.full(TOTAL, 56)], 1).astype(np.float32)
     masks = np.zeros((TOTAL, HEIGHT, WIDTH), bool)
@@ -52,7 +52,7 @@ def test_clicks_and_boxes_are_read():
 
 
 @pytest.mark.parametrize("box", [(15, 30, 15, 30), (5, 10, 25, 58)])
-def test_who_is_at_a_place_is_kept_and_nobody_else(box):
+def test_only_the_person_at_a_place_is_kept(box):
     kept = choice.kept(scene(LEFT, RIGHT), [(3, choice.Place(0, box))], [])
     assert kept[0].all()
     assert not kept[1].any()
@@ -67,7 +67,7 @@ def test_all_who_are_there_but_one_are_kept():
     assert not choice.kept(scene(LEFT, RIGHT), [], [(3, click()), (3, click(x=77))]).any()
 
 
-def test_whoever_meets_another_is_not_kept_from_there_on():
+def test_a_person_who_meets_another_is_not_kept_from_there_on():
     kept = choice.kept(scene(LEFT, COMING), [(0, click())], [])
     meeting = next(t for t in range(TOTAL) if COMING.boxes[t, 0] < LEFT.boxes[t, 2])
     assert kept[0].tolist() == [t < meeting for t in range(TOTAL)]
@@ -75,8 +75,10 @@ def test_whoever_meets_another_is_not_kept_from_there_on():
     assert choice.kept(scene(gone, RIGHT), [(6, click())], [])[0].tolist() == [t > 4 for t in range(TOTAL)]
 
 
-@pytest.mark.parametrize(("place", "message"), [(click(x=50), "nobody"), (choice.Place(0, (0, 0, 90, 60)), "nobody")])
-def test_nobody_at_a_place_is_an_error(place, message):
+@pytest.mark.parametrize(
+    ("place", "message"), [(click(x=50), "no person"), (choice.Place(0, (0, 0, 90, 60)), "no person")]
+)
+def test_an_empty_place_is_an_error(place, message):
     with pytest.raises(UserError, match=f"{message} at 0 s"):
         choice.kept(scene(LEFT, RIGHT), [(0, place)], [])
     with pytest.raises(UserError, match="more than one person"):
@@ -103,7 +105,7 @@ def anonymizer():
     return pipeline.Anonymizer(config, b"\1" * 32)
 
 
-def test_the_original_of_who_is_kept_returns_and_of_nobody_else(anonymizer):
+def test_the_original_returns_around_the_person_kept_alone(anonymizer):
     """Two red figures; the left one stays. The other's pixels change nothing of what is written."""
     frames = np.tile(np.linspace(60, 150, WIDTH, dtype=np.uint8)[:, None], (TOTAL, HEIGHT, 1, 3))
     people = scene(LEFT, RIGHT)
@@ -122,6 +124,6 @@ def test_the_original_of_who_is_kept_returns_and_of_nobody_else(anonymizer):
     assert (one.private[left] == (220, 20, 20)).all()
     assert not (one.private[..., 2].astype(int) - one.private[..., 0] > 60).any()
     assert not (removed.private[..., 0].astype(int) - removed.private[..., 2] > 60).any()
-    assert not one.rgba[:, :, :36].any()  # no avatar where somebody stays
+    assert not one.rgba[:, :, :36].any()  # no avatar where a person stays
     assert np.array_equal(one.rgba[:, :, 60:], removed.rgba[:, :, 60:])
     assert np.array_equal(one.private[:, :, 60:], removed.private[:, :, 60:])

@@ -353,7 +353,7 @@ def test_who_is_kept_is_recorded_and_only_in_one_video(tmp_path, monkeypatch, ca
     assert np.array_equal(layers.Dataset(out)["train"].clip(0).private, clip.private)
     capfd.readouterr()
     assert anonymize("--keep", "0.2@5000,2") == 1
-    assert "failed, nobody at 0.2 s where --keep" in capfd.readouterr().err
+    assert "failed, no person at 0.2 s where --keep" in capfd.readouterr().err
     assert cli.main(["anonymize", str(path), str(path), "--out", str(out), "--only", "0@1,1"]) == 2
 
 

@@ -28,7 +28,7 @@ def avatar() -> Avatar:
 
 
 def hands_up(avatar: Avatar, bend: float, frames: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures of somebody who shows both palms to the camera, fingers bent by `bend` at each joint; landmarks."""
+    """Pictures of a person who shows both palms to the camera, fingers bent by `bend` at each joint; landmarks."""
     body = np.zeros((frames, 21, 3))
     body[:, 17, 1], body[:, 18, 1] = -0.3, 0.3  # elbows forward a little
     body[:, 17, 2], body[:, 18, 2] = 1.4, -1.4  # and up

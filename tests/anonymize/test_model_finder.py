@@ -221,8 +221,8 @@ def test_a_duplicate_detection_starts_no_second_track():
     assert (people.doubt, len(people.persons)) == (None, 2)
 
 
-def test_somebody_whom_the_detector_sees_after_the_removal_is_removed_too(anonymizer):
-    """A detector that sees somebody in one corner of the finished frames, whatever the finder's detector saw before."""
+def test_a_person_detected_after_the_removal_is_removed_too(anonymizer):
+    """A detector that sees a person in one corner of the finished frames, whatever the finder's detector saw before."""
 
     def stubborn(frames, threshold):
         return [p if len(p) else np.float32([[5, 5, 20, 20, 0.9]]) for p in detect(frames, threshold)]

@@ -221,7 +221,7 @@ def test_what_is_seen_in_the_finished_frames_is_removed_and_filled_too(scene, mo
     assert np.abs(result.frames[red].astype(int) - np.repeat(scene[None], 30, 0)[red]).max() <= 2
 
 
-def test_somebody_seen_wherever_a_frame_is_not_painted_is_a_doubt(scene, monkeypatch):
+def test_a_person_seen_wherever_a_frame_is_not_painted_is_a_failure(scene, monkeypatch):
     monkeypatch.setattr(look, "default", lambda: lambda frame, thorough=True: {"all": np.ones(frame.shape[:2], bool)})
     result = remove(np.repeat(scene[None], 8, 0), people(np.zeros((8, *scene.shape[:2]), bool)))
     assert result.doubt

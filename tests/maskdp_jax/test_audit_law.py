@@ -125,7 +125,7 @@ def test_sound_releases_stay_below_their_claim(changes):
 
 
 def test_missing_noise_exceeds_the_claim():
-    """Without noise every coin is guessed, and the bounds come near the most that so many coins can show."""
+    """Without noise every coin is guessed, and the bounds come near the largest that this number of coins can show."""
     found = noise_of(rehearsed(noise=8.0), lambda noise: 1e-3 * noise)
     finding, attacks = bounds.lower_bound(found, DELTA)
     assert not finding.holds

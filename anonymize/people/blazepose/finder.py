@@ -48,10 +48,10 @@ HEAD = range(11)  # landmarks of the face
 LIMB, SKULL = 0.035, 0.06  # sides of the crop: thickness of a drawn limb, radius of a drawn head with its hair
 GROWN = 0.012  # sides of the crop by which an outline grows, besides the margin
 SEEN = 0.3  # visibility above which a landmark counts
-LEAST_LIFE = 4  # frames; a track of fewer is a mistake unless the finished frames show somebody there
-LEAST_COVERED = 0.6  # part of a face that is removed; else whoever it belongs to was missed
-MOST_VISIBLE, LEAST_VISIBLE = 12, 0.75  # so many landmarks are seen with this mean visibility
-LEAST_SMALL = 0.0008  # part of the picture; smaller pieces that only the embedded network sees are nobody
+LEAST_LIFE = 4  # frames; shorter tracks are false unless a person is seen there in the finished frames
+LEAST_COVERED = 0.6  # fraction of a face that must be removed already; below it the person was missed
+MOST_VISIBLE, LEAST_VISIBLE = 12, 0.75  # number of best seen landmarks, and the mean visibility they need
+LEAST_SMALL = 0.0008  # part of the picture; smaller pieces that only the embedded network sees are ignored
 MOST_SMALL = 0.2  # of the looks; a moving camera's clip with more of such people is in doubt
 EDGE = 0.04  # of the short side; who reaches as near to the border of the picture may leave it
 HOLD_FRAMES = 8  # frames at the ends of a clip in which a track may begin or end anywhere
@@ -209,8 +209,8 @@ class BlazePoseFinder:
         return looks / len(times)
 
     def _lost(self, people: list[Track], shape: tuple[int, ...]) -> str | None:
-        """Why somebody may be missed under a moving camera, where motion tells nothing: a track that begins or ends
-        within the picture, and nobody else near who may hide them."""
+        """Failure reason under a moving camera, where motion is no cue: a track that begins or ends within the
+        picture although no other person is near who may hide it."""
         total, height, width = shape[:3]
         for track in people:
             for t, end in ((track.first, 0), (track.last, total - 1)):

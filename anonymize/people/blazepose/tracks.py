@@ -21,7 +21,7 @@ SAME = 0.08  # mean distance of body landmarks over the crop's side; two sightin
 SAME_OUTLINE = 0.65, 1.7, 2  # part of the smaller outline in the other, ratio of sides, frames: one person as well
 SAME_CROP = 0.2, 1.7  # distance of the centres over the side, ratio of the sides: a detection of a followed person
 JUMP = 0.5, 1.8  # the same between neighbouring frames: more is another person or none
-LARGEST_CROP = 5  # in short sides of the picture; nobody of whom so little is in view can be followed
+LARGEST_CROP = 5  # in short sides of the picture; a person of whom less is in view cannot be followed
 CHANGED = 20  # grey levels; a tile in which no place differs more from what was looked at shows what it showed then
 
 
@@ -183,7 +183,7 @@ class Follower:
             track.agreed += id(track) in agreed
 
     def _trace_back(self, frames: np.ndarray, t: int, track: Track, tracks: list[Track]) -> Track:
-        """The track of somebody first seen at t, followed back to where they come into view or meet a lost track, which
+        """The track of a person first seen at t, followed back to where they come into view or meet a lost track, which
         then is theirs."""
         for s in range(t - 1, -1, -1):
             if not self._step(track, frames[s], s, -1):
@@ -244,7 +244,7 @@ def _moved(crop: Crop, other: Crop, distance: float, ratio: float) -> bool:
 
 
 def _plausible(crop: Crop, frame: np.ndarray) -> bool:
-    """Whether a crop is of a size, and near enough to the picture, to hold somebody."""
+    """Whether a crop is of a size, and near enough to the picture, to hold a person."""
     height, width = frame.shape[:2]
     x, y = crop.centre
     reach = 0.5 * crop.side

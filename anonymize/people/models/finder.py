@@ -210,7 +210,7 @@ class ModelFinder:
         return None
 
     def look(self, frame: np.ndarray, thorough: bool = True) -> dict[str, np.ndarray]:
-        """Where the detector is sure of somebody in a single frame, (H, W) bool; for the look at finished frames."""
+        """Where the detector is sure of a person in a single frame, (H, W) bool; for the look at finished frames."""
         (people,) = self._detect(frame[None], self.config.threshold)
         return {"detector": filled(frame.shape[:2], people[people[:, 4] >= self.config.sure, :4])}
 
