@@ -7,6 +7,10 @@ It then maps the shortened function over the examples with `jax.vmap`, so the ex
 whatever the sizes are. From the factors follow the norms and the weighted sum (`factors.py`). An optimization barrier
 behind each kept array makes both read the same rounded values.
 
+Examples whose positions cancel, or whose factors are extreme, cannot be measured so: their bounds of rounding
+(`factors.py`) are as large as their norms. If there is one in the batch, a branch forms the arrays of a few examples at
+a time, measures them and adds those of such examples. How an example is treated depends on itself alone.
+
 Inside `scan` and `remat` the factors of one layer exist only while that layer is computed; kept, they would undo
 what remat saves. There the norms are taken inside the body, and the weighted sum needs a second pass, in which each
 body contracts its own factors over the examples. Both passes are one compiled program, run twice, so that the factors
@@ -16,6 +20,7 @@ No layer is registered anywhere. What is not understood is kept as a value: slow
 """
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,6 +31,8 @@ from jax.extend import core
 from jaxtyping import Array, Bool, Float, PyTree
 
 from maskdp_jax.factors import (
+    LARGEST_WEIGHT,
+    LEAST_WEIGHT,
     MOVES,
     SUMS,
     Bare,
@@ -38,11 +45,14 @@ from maskdp_jax.factors import (
     Term,
     Value,
     bare,
+    bounds,
+    in_parts,
     joint_norm,
-    measured,
     norm_of_array,
     paired,
-    summed,
+    varying_axes,
+    varying_tree,
+    weighted,
     zeros_like,
 )
 
@@ -53,6 +63,9 @@ REMAT = frozenset({"checkpoint", "remat", "remat2"})
 
 SMALL = 4096
 """Leaves of fewer entries than this are kept as values: forming them costs less than two contractions."""
+
+PRECISION = 1e-2
+"""Largest part by which an example's norm may be overestimated; if it may be more, the example is formed."""
 
 DEEPEST = 100
 """Operations between a leaf and its products that are followed; longer chains of sums are kept as values."""
@@ -223,8 +236,8 @@ class _Reader:
     def with_work_inside(self, leaves: Mapping[Any, int], phase: "_Phase") -> tuple[list[Any], dict[Any, tuple]]:
         """The equations, with other bodies where they make the variables of `leaves` (variable: number of the leaf).
 
-        In place of each variable these give three, which are returned too: the norm, whether positions cancel (both of
-        each step), and the sum over the examples with the weights in `phase`.
+        In place of each variable these give two, which are returned too: the norm with its bounds (3,), of each step,
+        and the sum over the examples with the weights in `phase`.
         """
         eqns, made = list(self.eqns), {}
         for position, eqn in enumerate(eqns):
@@ -238,7 +251,7 @@ class _Reader:
             steps = (eqn.params["length"],) if stacked else ()
             outvars = [core.Var(aval.update(shape=(*steps, *aval.shape))) for aval in rewritten.out_avals]
             own, more = outvars[: len(eqn.outvars)], outvars[len(eqn.outvars) :]
-            made |= {eqn.outvars[i]: (own[i], more[k], more[len(inside) + k]) for k, i in enumerate(inside)}
+            made |= {eqn.outvars[i]: (own[i], more[k]) for k, i in enumerate(inside)}
             outvars = [own[i] if i in inside else var for i, var in enumerate(eqn.outvars)] + more
             params = {**eqn.params, "jaxpr": rewritten if isinstance(body, core.ClosedJaxpr) else rewritten.jaxpr}
             if stacked:
@@ -363,15 +376,13 @@ class Leaf:
     reason: str
     core: Bare | None = None
 
-    def norms(self, arrays: Mapping[Any, Array], skipped: Bool[Array, " b"]) -> tuple[Array, Bool[Array, ""]]:
-        """`‖G_i‖`, never less than the norm of what `sum` adds for the example; and whether positions cancel in any."""
-        if isinstance(self.term, Value):
-            return norm_of_array(arrays[self.term.var]), jnp.any(skipped & ~skipped)
-        return measured(self.term, arrays, self.aval.size, skipped, self.core)
+    def bounds(self, arrays: Mapping[Any, Array]) -> tuple[Array, Array, Array]:
+        """`‖G_i‖`, and how much more `sum` may add for the example: by roundoff, and by what underflowed."""
+        return bounds(self.term, arrays, self.aval.size, self.core)
 
-    def sum(self, arrays: Mapping[Any, Array], weights: Float[Array, " b"], cancels: Bool[Array, ""]) -> Array:
-        """`Σ_i weights_i G_i`, of what was measured."""
-        return summed(self.term, arrays, self.aval.size, weights, cancels)
+    def sum(self, arrays: Mapping[Any, Array], weights: Float[Array, " b"]) -> Array:
+        """`Σ_i weights_i G_i`, float32 or wider."""
+        return self.term.contract(arrays, weights).astype(jnp.promote_types(self.aval.dtype, jnp.float32))
 
     def __str__(self) -> str:
         return f"{self.norm}: {self.reason}"
@@ -397,15 +408,15 @@ def _plan(reader: _Reader, var, small: int) -> Leaf:
     return Leaf(term, aval, "form", "Gram matrices would cost more")
 
 
-# The inputs that tell a rewritten body what to do: pass (0: norms, 1: sums) and whether positions cancel in each leaf,
-# the same for all examples; whether the norm of this example is of no interest, and its weight for each leaf.
-_Phase = tuple[Any, Any, Any, Any]
+# The inputs that tell a rewritten body what to do: pass (0: norms, 1: sums), the same for all examples; and of this
+# example the weight for each leaf.
+_Phase = tuple[Any, Any]
 
 
 def _evaluate(reader: _Reader, leaves: Sequence[Leaf], others: Sequence[Any], args, phase: _Phase) -> tuple:
-    """For one example: `(arrays, norms, cancels, sums, others)`.
+    """For one example: `(arrays, bounds, sums, others)`.
 
-    `arrays` has what the leaves are made of, the next three are of each enclosed leaf, by number.
+    `arrays` has what the leaves are made of, the next two are of each enclosed leaf, by number.
     """
     inside = {var: k for k, leaf in enumerate(leaves) if (var := _enclosed(leaf.term))}
     given = tuple(core.Var(jax.typeof(part)) for part in phase)
@@ -414,62 +425,56 @@ def _evaluate(reader: _Reader, leaves: Sequence[Leaf], others: Sequence[Any], ar
     names = list(dict.fromkeys((*kept, *others, *(var for several in made.values() for var in several))))
     jaxpr = reader.shortened(eqns, [reader.resolve(name) for name in names], given)
     values = dict(zip(names, core.jaxpr_as_fun(jaxpr)(*args, *phase)))
-    norms = {k: joint_norm(jnp.ravel(values[made[var][0]])) for var, k in inside.items()}
-    cancels = {k: jnp.any(values[made[var][1]]) for var, k in inside.items()}
-    sums = {k: _moved(leaves[k].term, values[made[var][2]]) for var, k in inside.items()}
-    arrays = {name: values[name] for name in dict.fromkeys(kept)}
-    return arrays, norms, cancels, sums, [values[var] for var in others]
+    found = {k: joint_norm(values[made[var][0]].reshape(-1, 3)) for var, k in inside.items()}
+    sums = {k: _moved(leaves[k].term, values[made[var][1]]) for var, k in inside.items()}
+    return {name: values[name] for name in dict.fromkeys(kept)}, found, sums, [values[var] for var in others]
 
 
 def _rewritten(closed: core.ClosedJaxpr, inside: Mapping[int, int], phase: _Phase) -> core.ClosedJaxpr:
     """`closed` with something else for each output in `inside`; see `_Reader.with_work_inside`."""
 
-    def body(turn, cancels, skipped, weights, *args):
+    def body(turn, weights, *args):
         reader = _Reader(closed)
         leaves = {i: _plan(reader, reader.outvars[i], 1) for i in inside}
         rest = [i for i in range(len(reader.outvars)) if i not in leaves]
-        weights, known = (jnp.stack([each[k] for k in inside.values()]) for each in (weights, cancels))
-        plans, own = list(leaves.values()), (turn, known, skipped, weights)
-        arrays, norms, cancels, sums, others = _evaluate(reader, plans, [reader.outvars[i] for i in rest], args, own)
+        weights, plans = jnp.stack([weights[k] for k in inside.values()]), list(leaves.values())
+        others = [reader.outvars[i] for i in rest]
+        arrays, found, sums, others = _evaluate(reader, plans, others, args, (turn, weights))
         for k, leaf in enumerate(plans):
-            if k not in norms:
-                norms[k], cancels[k], sums[k] = _one_of_two(leaf, arrays, turn, known[k], skipped, weights[k])
-        outputs = dict(zip(rest, others)) | {i: norms[k] for k, i in enumerate(leaves)}
-        more = (each[k] for each in (cancels, sums) for k in range(len(plans)))
-        return *(outputs[i] for i in range(len(reader.outvars))), *more
+            if k not in found:
+                found[k], sums[k] = _one_of_two(leaf, arrays, turn, weights[k])
+        outputs = dict(zip(rest, others)) | {i: found[k] for k, i in enumerate(leaves)}
+        return *(outputs[i] for i in range(len(reader.outvars))), *(sums[k] for k in range(len(plans)))
 
     return jax.make_jaxpr(body)(*map(_like, phase), *(_like(var) for var in closed.jaxpr.invars))
 
 
-def _one_of_two(leaf: Leaf, arrays: Mapping[Any, Array], turn, known, skipped, weight) -> tuple[Array, Array, Array]:
-    """Of one example the norm, with whether positions cancel, and `weight·G`; in each pass one of them, the other 0.
+def _one_of_two(leaf: Leaf, arrays: Mapping[Any, Array], turn, weight) -> tuple[Array, Array]:
+    """Of one example the norm with its bounds (3,), and `weight·G`; in each pass one of them, the other 0.
 
     Mapped over examples by `vmap`, the latter becomes their sum, in one contraction.
     """
     names = tuple(dict.fromkeys(leaf.term.kept))
 
     @jax.custom_batching.custom_vmap
-    def both(turn, known, skipped, weight, *kept):
-        (norms, cancels), total = of_all(turn, known, skipped[None], weight[None], [array[None] for array in kept])
-        return norms[0], cancels, total
+    def both(turn, weight, *kept):
+        found, total = of_all(turn, weight[None], [array[None] for array in kept])
+        return found[0], total
 
     @both.def_vmap
-    def _(size, batched, turn, known, *rest):
-        skipped, weight, *kept = (
-            array if mapped else jnp.broadcast_to(array, (size, *array.shape))
-            for array, mapped in zip(rest, batched[2:])
-        )
-        (norms, cancels), total = of_all(turn, known, skipped, weight, kept)
-        return (norms, cancels, total), (True, False, False)
+    def _(size, batched, turn, *rest):
+        each = zip(rest, batched[1:])
+        weights, *kept = (array if mapped else jnp.broadcast_to(array, (size, *array.shape)) for array, mapped in each)
+        return of_all(turn, weights, kept), (True, False)
 
-    def of_all(turn, known, skipped, weights, kept):
+    def of_all(turn, weights, kept):
         arrays = dict(zip(names, map(jax.lax.optimization_barrier, kept)))
-        norms = lambda: leaf.norms(arrays, skipped)  # noqa: E731
-        total = lambda: leaf.sum(arrays, weights, known)  # noqa: E731
-        none = zeros_like(jax.eval_shape(lambda: (norms(), total())))
-        return jax.lax.cond(turn == 0, lambda: (norms(), none[1]), lambda: (none[0], total()))
+        found = lambda: jnp.stack(leaf.bounds(arrays), 1)  # noqa: E731
+        total = lambda: leaf.sum(arrays, weights)  # noqa: E731
+        none = zeros_like(jax.eval_shape(lambda: (found(), total())))
+        return jax.lax.cond(turn == 0, lambda: (found(), none[1]), lambda: (none[0], total()))
 
-    return both(turn, known, skipped, weight, *(arrays[name] for name in names))
+    return both(turn, weight, *(arrays[name] for name in names))
 
 
 def _moved(term: Term, total: Array) -> Array:
@@ -487,7 +492,7 @@ def _moved(term: Term, total: Array) -> Array:
 
 def weighted_sum(
     fun: Callable,
-    weigh: Callable[[PyTree], tuple[PyTree, PyTree]],
+    weigh: Callable[[Bool[Array, " b"], PyTree], tuple[PyTree, PyTree]],
     skipped: Bool[Array, " b"],
     examples: Sequence[PyTree],
     *,
@@ -498,72 +503,136 @@ def weighted_sum(
 
     Guarantees:
         No example adds more than w_i times its norm as `weigh` was told it, but for rounding of the sum of them all.
-        An example of weight 0 adds exactly 0, whatever it holds.
+        What an example adds depends on itself alone. An example of weight 0 adds exactly 0, whatever it holds.
 
     Args:
         fun: maps the arguments of one example to `(G, aux)`, G a tree.
-        weigh: norms (b,) of the leaves, a tree like G -> weights, a tree like G, and whatever else is wanted.
+        weigh: `skipped` and norms (b,) of the leaves, a tree like G -> weights, a tree like G, and joint norms, any
+            tree. Both (b,) and of each example alone.
         skipped: examples whose weight will be 0.
         examples: arguments of `fun`, the example axis first.
         form_all: form every leaf.
         spmd_axis_name: of `jax.vmap`.
 
     Returns:
-        The sums, float32 or wider; what else `weigh` returned; and `aux`, the example axis first.
+        The sums, float32 or wider; joint norms; and `aux`, the example axis first.
 
     Raises:
         ValueError: there is a collective in `fun`.
         NotImplementedError: `fun` has effects such as `jax.debug.print`, which a shortened function would lose.
     """
     traced = _Traced(fun, examples, form_all, spmd_axis_name)
-    leaves = traced.leaves
-    dtype = jnp.result_type(jnp.float32, *(jnp.abs(jnp.zeros((), leaf.aval.dtype)).dtype for leaf in leaves))
+    leaves, inside = traced.leaves, any(leaf.norm == "inside" for leaf in traced.leaves)
+    as_tree = functools.partial(jax.tree.unflatten, traced.structure)
+    mapped = functools.partial(jax.vmap, spmd_axis_name=spmd_axis_name)
 
-    def every(turn: int | Array, cancels: Bool[Array, " leaves"], weights: Float[Array, "b leaves"]):
-        """Of all examples: arrays; norms, cancellation and sums of enclosed leaves by number; aux."""
+    def formed_sums(sums, weights, skipped, examples):
+        """Of arrays that are formed: their sums added to `sums`, weights and joint norms from their norms, aux.
+
+        The weights of the sums are those that follow from the norms, unless given.
+        """
+        arrays, aux = mapped(traced.form)(*examples)
+        arrays = [jax.lax.optimization_barrier(array) for array in arrays]
+        own, norms = weigh(skipped, as_tree([norm_of_array(array) for array in arrays]))
+        own = jax.tree.leaves(own)
+        more = [jnp.sum(weighted(array, weight), 0) for array, weight in zip(arrays, weights or own)]
+        return [a + b.astype(a.dtype) for a, b in zip(sums, more)] if sums else more, own, norms, aux
+
+    if all(isinstance(leaf.term, Value) for leaf in leaves):
+        sums, _, *rest = formed_sums(None, None, skipped, examples)
+        return as_tree(sums), *rest
+
+    def every(turn: int | Array, weights: Float[Array, "b leaves"]):
+        """Of all examples: arrays; bounds and sums of enclosed leaves by number; aux."""
         names: list[Any] = []
 
-        def one(turn, cancels, skipped, weights, example):
-            arrays, *inside, aux = traced.evaluate(example, (turn, cancels, skipped, weights))
+        def one(turn, weights, example):
+            arrays, *rest = traced.evaluate(example, (turn, weights))
             names[:] = arrays
-            return list(arrays.values()), *inside, aux
+            return list(arrays.values()), *rest
 
-        mapped = jax.vmap(one, (None, None, 0, 0, 0), (0, 0, None, None, 0), spmd_axis_name=spmd_axis_name)
-        kept, *rest = mapped(jnp.asarray(turn), cancels, skipped, weights, examples)
+        kept, *rest = mapped(one, (None, 0, 0), (0, 0, None, 0))(jnp.asarray(turn), weights, examples)
         return dict(zip(names, map(jax.lax.optimization_barrier, kept))), *rest
 
-    def weighed(arrays, norms, cancels):
-        """Weights and cancellation of all leaves, and what else `weigh` returns."""
-        found = [(norms[k], cancels[k]) if k in norms else leaf.norms(arrays, skipped) for k, leaf in enumerate(leaves)]
-        weights, rest = weigh(jax.tree.unflatten(traced.structure, [norm for norm, _ in found]))
-        weights = [weight.astype(dtype) for weight in jax.tree.leaves(weights)]
-        return (jnp.stack(weights, 1), jnp.stack([known for _, known in found])) if found else none, rest
+    def weighed(arrays, found):
+        """Weights (b, leaves), 0 for examples in doubt; joint norms; which are in doubt."""
+        found = [tuple(found[k].T) if k in found else leaf.bounds(arrays) for k, leaf in enumerate(leaves)]
+        (least, norms), (_, rounded), (weights, _) = (
+            weigh(skipped, as_tree([sum(bounds[:count]) for bounds in found])) for count in (1, 2, 3)
+        )
+        sure = jnp.isfinite(sum(map(sum, found)))
+        for low, high in zip(jax.tree.leaves(norms), jax.tree.leaves(rounded)):
+            sure &= high <= (1 + PRECISION) * low
+        for high, weight in zip(jax.tree.leaves(least), jax.tree.leaves(weights)):
+            high, weight = jnp.abs(high), jnp.abs(weight)
+            sure &= (high <= (1 + PRECISION) * weight) & (weight <= LARGEST_WEIGHT)
+            sure &= (weight >= LEAST_WEIGHT) | (weight == 0)
+        doubt = ~sure & ~skipped
+        weights = jnp.stack([jnp.where(doubt, 0, weight) for weight in jax.tree.leaves(weights)], 1)
+        return weights, norms, doubt
 
-    def totals(arrays, sums, weights, cancels):
-        return [sums[k] if k in sums else leaf.sum(arrays, weights[:, k], cancels[k]) for k, leaf in enumerate(leaves)]
+    def totals(arrays, sums, weights):
+        found = [sums[k] if k in sums else leaf.sum(arrays, weights[:, k]) for k, leaf in enumerate(leaves)]
+        return varying_tree(found, varying_axes(skipped))
 
-    none = jnp.zeros(len(leaves), dtype) * skipped[:, None], jnp.zeros(len(leaves), bool)
-    if not any(leaf.norm == "inside" for leaf in leaves):
-        arrays, *_, aux = every(0, none[1], none[0])
-        chosen, rest = weighed(arrays, {}, {})
-        return jax.tree.unflatten(traced.structure, totals(arrays, {}, *chosen)), rest, aux
+    def with_formed(sums, norms, doubt):
+        """Sums with the examples in doubt added, and joint norms with theirs."""
+
+        def add(sums, part):
+            """The first turn gives the weights, and the second the sums: one program run twice, a leaf at a time."""
+            doubt, skipped, example = part
+
+            def again(_, state):
+                (sums, weights, _), kept = jax.lax.optimization_barrier((state, example))
+                sums, weights, norms, _ = formed_sums(sums, weights, skipped, kept)
+                return sums, [jnp.where(doubt, weight, 0) for weight in weights], norms
+
+            shapes = jax.eval_shape(lambda: formed_sums(sums, None, skipped, example)[1:3])
+            sums, _, norms = jax.lax.fori_loop(0, 2, again, (sums, *zeros_like(shapes)))
+            return sums, norms
+
+        sums, own = jax.lax.scan(add, sums, in_parts((doubt, skipped, examples), 1))
+        own = jax.tree.map(lambda norm: norm.reshape(len(skipped)), own)
+        return sums, jax.tree.map(lambda norm, own: jnp.where(doubt, own, norm), norms, own)
+
+    dtype = jnp.result_type(jnp.float32, *(jnp.abs(jnp.zeros((), leaf.aval.dtype)).dtype for leaf in leaves))
+    none = jnp.zeros(len(leaves), dtype) * skipped[:, None]
+    if not inside:
+        arrays, *_, aux = every(0, none)
+        weights, norms, doubt = weighed(arrays, {})
+        sums = totals(arrays, {}, weights)
+        sums, norms = _cond(jnp.any(doubt), lambda: with_formed(sums, norms, doubt), lambda: (sums, norms))
+        return as_tree(sums), norms, aux
+
+    def turn(state):
+        number, chosen, sums, aux = state
+
+        def passes():
+            arrays, found, inner, aux = every(number, chosen[0].astype(dtype))
+            measure = lambda: (weighed(arrays, found), sums)  # noqa: E731
+            add = lambda: (chosen, totals(arrays, inner, chosen[0]))  # noqa: E731
+            return *jax.lax.cond(number == 0, measure, add), aux
+
+        def last():
+            weights, norms, doubt = chosen
+            total, norms = with_formed(sums, norms, doubt)
+            return (weights, norms, doubt), total, aux
+
+        return number + 1, *jax.lax.cond(number == 2, last, passes)
 
     def first():
-        arrays, norms, cancels, sums, aux = every(0, none[1], none[0])
-        chosen, rest = weighed(arrays, norms, cancels)
-        return chosen, rest, totals(arrays, sums, *chosen), aux
+        arrays, found, inner, aux = every(0, none)
+        chosen = weighed(arrays, found)
+        return chosen, totals(arrays, inner, chosen[0]), aux
 
-    def again(turn, carried):
-        chosen, rest, sofar, _ = carried
-        arrays, norms, cancels, sums, aux = every(turn, chosen[1], chosen[0])
-        return *jax.lax.cond(
-            turn == 0,
-            lambda: (*weighed(arrays, norms, cancels), sofar),
-            lambda: (chosen, rest, totals(arrays, sums, *chosen)),
-        ), aux
+    start = jnp.int32(0), *zeros_like(jax.eval_shape(first))
+    _, (_, norms, _), sums, aux = jax.lax.while_loop(lambda state: state[0] < 2 + jnp.any(state[1][2]), turn, start)
+    return as_tree(sums), norms, aux
 
-    _, rest, sums, aux = jax.lax.fori_loop(0, 2, again, zeros_like(jax.eval_shape(first)))
-    return jax.tree.unflatten(traced.structure, sums), rest, aux
+
+def _cond(chosen: Bool[Array, ""], yes: Callable, no: Callable) -> Any:
+    """`jax.lax.cond`, but without a compilation at every call outside `jit`."""
+    return jax.lax.cond(chosen, yes, no) if isinstance(chosen, jax.core.Tracer) else (yes if chosen else no)()
 
 
 def explain(fun: Callable, examples: Sequence[PyTree], *, form_all: bool = False, spmd_axis_name: Any = None) -> PyTree:
@@ -588,23 +657,22 @@ class _Traced:
         jax.eval_shape(jax.vmap(trace, spmd_axis_name=spmd_axis_name), *examples)
         refuse_collectives(self._closed)
         count = self.structure.num_leaves
+        self._reader = None if form_all else _Reader(self._closed)
         if form_all:
-            self._reader = None
-            formed = [core.Var(var.aval) for var in self._closed.jaxpr.outvars[:count]]
-            self.leaves = [Leaf(Value(var), var.aval, "value", "asked for") for var in formed]
+            self.leaves = [
+                Leaf(Value(var), var.aval, "value", "asked for") for var in self._closed.jaxpr.outvars[:count]
+            ]
         else:
-            self._reader = _Reader(self._closed)
             self.leaves = [_plan(self._reader, var, SMALL) for var in self._reader.outvars[:count]]
+
+    def form(self, *example: PyTree) -> tuple[list[Array], PyTree]:
+        """All leaves, and aux."""
+        values = core.jaxpr_as_fun(self._closed)(*jax.tree.leaves(example))
+        count = len(self.leaves)
+        return values[:count], jax.tree.unflatten(self._aux, values[count:])
 
     def evaluate(self, example: Sequence[PyTree], phase: _Phase) -> tuple:
         """`_evaluate` of all leaves, with aux as a tree."""
-        flat, count = jax.tree.leaves(example), len(self.leaves)
-        if self._reader:
-            *found, others = _evaluate(self._reader, self.leaves, self._reader.outvars[count:], flat, phase)
-        else:
-            values = core.jaxpr_as_fun(self._closed)(*flat)
-            found, others = (
-                ({leaf.term.var: value for leaf, value in zip(self.leaves, values)}, {}, {}, {}),
-                values[count:],
-            )
+        others = self._reader.outvars[len(self.leaves) :]
+        *found, others = _evaluate(self._reader, self.leaves, others, jax.tree.leaves(example), phase)
         return *found, jax.tree.unflatten(self._aux, others)

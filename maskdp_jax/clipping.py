@@ -16,7 +16,7 @@ from dp_accounting import NeighboringRelation
 from jaxtyping import Array, Bool, Float, PyTree
 
 from maskdp_jax import bookkeeping
-from maskdp_jax.factors import joint_norm, norm_of_array, zeros_like
+from maskdp_jax.factors import joint_norm, norm_of_array, varying_axes, varying_tree, zeros_like
 
 Method = Literal["auto", "bookkeeping", "vmap"]
 
@@ -53,7 +53,7 @@ class Clipped:
 
     def sensitivity(self, neighboring_relation: NeighboringRelation = NeighboringRelation.REPLACE_SPECIAL) -> Any:
         """L2 sensitivity of the sum: the bound; twice that where an example may be replaced by any other."""
-        if neighboring_relation not in NeighboringRelation:
+        if not isinstance(neighboring_relation, NeighboringRelation):
             raise ValueError(f"neighboring_relation: {neighboring_relation!r}, expected a NeighboringRelation")
         return (2 if neighboring_relation == NeighboringRelation.REPLACE_ONE else 1) * self.l2_norm_bound
 
@@ -143,8 +143,8 @@ def clipped_fun(
         ((size,),) = sizes
         if prng_argnum is not None:
             batched[prng_argnum] = jax.tree.map(lambda key: jax.random.split(key, size), args[prng_argnum])
-        axes = frozenset().union(*map(_varying_axes, jax.tree.leaves((batched, kwargs))))
-        fixed = [None if i in batched else _varying_tree(arg, axes) for i, arg in enumerate(args)]
+        axes = frozenset().union(*map(varying_axes, jax.tree.leaves((batched, kwargs))))
+        fixed = [None if i in batched else varying_tree(arg, axes) for i, arg in enumerate(args)]
 
         def one(batched, kwargs):
             full = list(fixed)
@@ -167,10 +167,10 @@ def clipped_fun(
     def clipped_fn(*args, is_padding_example=None, **kwargs):
         one, examples, size, axes = split(args, kwargs)
         padding = jnp.zeros(size, bool) if is_padding_example is None else jnp.asarray(is_padding_example, bool)
-        padding = _varying_tree(padding, axes)
+        padding = varying_tree(padding, axes)
 
         def microbatch(padding, examples):
-            return weighted_sum(one, functools.partial(norms_of, padding), padding, examples)
+            return weighted_sum(one, norms_of, padding, examples)
 
         total, norms, aux = _in_microbatches(microbatch, padding, examples, microbatch_size)
         total = jax.tree.map(lambda leaf: (leaf / normalize_by).astype(dtype or leaf.dtype), total)
@@ -359,18 +359,3 @@ def _lifted(tree: PyTree) -> PyTree:
 
 def _as_tuple(numbers: int | Sequence[int]) -> tuple[int, ...]:
     return (numbers,) if isinstance(numbers, int) else tuple(numbers)
-
-
-def _varying_axes(leaf: Array) -> frozenset:
-    """The mesh axes over which `leaf` differs between devices, inside `shard_map`."""
-    return jax.typeof(leaf).manual_axis_type.varying
-
-
-def _varying_tree(tree: PyTree, axes: frozenset) -> PyTree:
-    """`tree` with its arrays made varying over `axes`; all else in it stays as it is."""
-
-    def varying(leaf):
-        missing = tuple(sorted(axes - _varying_axes(leaf))) if isinstance(leaf, jax.Array) else ()
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(varying, tree)

@@ -1,27 +1,26 @@
 """What a per-example gradient is made of while it is not formed: terms, their norms and their weighted sums.
 
 A term stands for one array per example, `G_i`. It names variables of a traced function; `arrays` maps each of them to
-its value for all examples, the example axis first, and `example` to its value for one. Everything is computed in
-float32 or wider, at the highest precision, whatever the types of the factors.
+its value for all examples, the example axis first. Everything is computed in float32 or wider, at the highest
+precision, whatever the types of the factors.
 
-**The norm is taken of exactly the array that is summed.** Both read the same stored factors, in the same rearrangement.
-To a norm is added a bound of what the contraction may round (`rounding`). Where positions cancel, so that this bound is
-no longer small beside the norm, or where factors are so large or small that their products might overflow or underflow,
-the arrays are formed one by one, measured and summed (`measured`, `summed`). For that each position is scaled by powers
-of two, which is exact; `exponent` returns what was taken out.
+Norm and sum read the same stored factors, in the same rearrangement. Each norm has two bounds of how much more
+`contract` may add for that example: `slack` for roundoff, `hidden` for underflow. They are small unless positions
+cancel or factors are extreme; such examples are formed, measured and summed instead (`bookkeeping.weighted_sum`).
 
 References: Bu et al., Differentially Private Optimization on Large Foundation Models (arXiv 2210.00038), book-keeping;
 Li et al., Large Language Models Can Be Strong Differentially Private Learners (arXiv 2110.05679), the Gram norm.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, PyTree
 
 MOVES = frozenset(
     {"transpose", "reshape", "squeeze", "broadcast_in_dim", "copy", "copy_p", "convert_element_type", "pad"}
@@ -34,17 +33,10 @@ float.) They keep the norm.
 
 SUMS = frozenset({"add", "add_any", "sub", "neg", "reduce_sum"})
 
-GRAM_ERROR = 0.02
-"""Largest rounding error of ‖G‖² from Gram matrices, over ‖G‖²; if it may be more in any example, all are formed."""
-
-CONTRACTION_ERROR = 2e-5
-"""Largest rounding error of a contracted `G`, over ‖G‖; if it may be more in any example, all are formed."""
-
-MODERATE = 50
-"""Products of factors between 2^-50 and 2^50 are taken as they are."""
+LEAST_WEIGHT, LARGEST_WEIGHT = 2.0**-50, 2.0**25
+"""Range of the weights that `contract` takes, other than 0; a term's own scalars lie between 2^-25 and 2^25."""
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-_NOTHING = -10_000  # exponent of 0
 
 
 class Term:
@@ -65,24 +57,12 @@ class Term:
         """Whether anything in it is not computed yet."""
         return True
 
-    def exponent(self, arrays: Mapping[Any, Array]) -> Int[Array, " b"]:
-        """e such that `G·2^-e` neither overflows nor, unless its positions cancel, underflows."""
-        raise NotImplementedError
-
-    def form(self, example: Mapping[Any, Array], exponent: Int[Array, ""]) -> Array:
-        """`G·2^-exponent` of one example."""
-        raise NotImplementedError
-
-    def rounding(self, arrays: Mapping[Any, Array], exponent: Int[Array, " b"]) -> Float[Array, " b"]:
-        """A bound of `2^-exponent·‖contracted - G‖`: how far rounding may take what is summed from `G`."""
-        raise NotImplementedError
-
-    def moderate(self, arrays: Mapping[Any, Array]) -> Bool[Array, ""]:
-        """Whether all factors are finite, and neither so large nor so small that their products leave float32."""
+    def rounding(self, arrays: Mapping[Any, Array]) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+        """Bounds of `‖contracted - G‖`: slack and hidden."""
         raise NotImplementedError
 
     def contract(self, arrays: Mapping[Any, Array], weights: Float[Array, " b"]) -> Array:
-        """`Σ_i weights_i G_i` of factors that are moderate. Examples of weight 0 add exactly 0."""
+        """`Σ_i weights_i G_i`. Examples of weight 0 add exactly 0, whatever they hold."""
         raise NotImplementedError
 
 
@@ -93,11 +73,9 @@ class Countable(Term):
         """Whether they take fewer operations than forming it."""
         raise NotImplementedError
 
-    def gram(self, arrays: Mapping[Any, Array]) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-        """`‖G_i‖² = Σ_{t,s} (a_t·a_s)(δ_t·δ_s)`, and `Σ_t ‖a_t‖‖δ_t‖`, which is ‖G‖ if all positions pull the same way.
-
-        Both of `G·2^-exponent`.
-        """
+    def gram(self, arrays: Mapping[Any, Array]) -> tuple[Float[Array, " b"], Float[Array, " b"], Float[Array, " b"]]:
+        """`‖G_i‖² = Σ_{t,s} (a_t·a_s)(δ_t·δ_s)`; `Σ_t ‖a_t‖‖δ_t‖`, which is ‖G‖ if all positions pull the same way; and
+        hidden."""
         raise NotImplementedError
 
     def positions(self) -> int:
@@ -131,22 +109,14 @@ class Value(Term):
     kept = property(lambda self: (self.var,))
     factored = False
 
-    def exponent(self, arrays):
-        return _example_exponent(arrays[self.var])
-
-    def form(self, example, exponent):
-        return times_power(_wide(example[self.var]), -exponent)
-
-    def rounding(self, arrays, exponent):
+    def rounding(self, arrays):
         array = _flat(_wide(arrays[self.var]))
-        return 4 * _unit(array) * jnp.sqrt(_squares(times_power(array, -exponent[:, None]), 1))
-
-    def moderate(self, arrays):
-        return _all_moderate(_example_exponent(arrays[self.var]))
+        norm = jnp.sqrt(_squares(array, 1))
+        return 4 * _unit(array) * norm, jnp.full_like(norm, 2 * _root(array) * math.sqrt(array.shape[1]))
 
     def contract(self, arrays, weights):
         array = _wide(arrays[self.var])
-        return jnp.sum(_weighted(array, _real(weights, array)), 0)
+        return jnp.sum(weighted(array, _real(weights, array)), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,38 +137,15 @@ class Outer(Countable):
         """`a` and `δ`, each (examples, batch, positions, features), in parts that follow each other along positions."""
         raise NotImplementedError
 
-    def _scales(self, arrays):
-        """Exponents of the rows of `a` and `δ`, by how much to raise either, and the exponent that this takes out.
-
-        Rows of `δ` are then near 1, those of `a` as large as the product, the largest near 1.
-        """
-        a, d = (jnp.concatenate([_exponent(rows, 3) for rows in side], 2) for side in zip(*self.blocks(arrays)))
-        empty = (a == _NOTHING) | (d == _NOTHING)
-        exponent = jnp.max(jnp.where(empty, _NOTHING, a + d), (1, 2, 3), initial=_NOTHING)
-        lift = jnp.where(empty, _NOTHING, d - exponent[:, None, None, None])
-        return (a, d), lift, jnp.where(empty, _NOTHING, -d), exponent
-
-    def exponent(self, arrays):
-        return self._scales(arrays)[-1]
-
-    def moderate(self, arrays):
-        return _all_moderate(jnp.stack(self._scales(arrays)[0]))
-
-    def form(self, example, exponent):
-        arrays = {var: example[var][None] for var in self.kept}
-        left, right = (jnp.concatenate(side, 2) for side in zip(*self.blocks(arrays)))
-        _, lift, drop, own = self._scales(arrays)
-        left = times_power(times_power(left, lift), own - exponent)
-        return _multiplied(left, times_power(right, drop), (((2,), (2,)), ((0, 1), (0, 1)))).reshape(self.shape)
-
     def contract(self, arrays, weights):
         total = 0
         for k, (left, right) in enumerate(self.blocks(arrays)):
             left, right = _wide(left), _wide(right)
+            weights = weights.astype(left.dtype)
             if self.weighs_left(k):
-                left = _weighted(left, weights.astype(left.dtype))
+                left, right = weighted(left, weights), _kept(right, weights)
             else:
-                right = _weighted(right, weights.astype(right.dtype))
+                left, right = _kept(left, weights), weighted(right, weights)
             total = total + _multiplied(left, right, (((0, 2), (0, 2)), ((1,), (1,))))
         return total.reshape(self.shape)
 
@@ -206,22 +153,33 @@ class Outer(Countable):
         """Whether the weights are multiplied with `a` of this block, or with `δ`; a copy is made of either."""
         raise NotImplementedError
 
-    def rounding(self, arrays, exponent):
-        _, *lifts, own = self._scales(arrays)
-        left, right = (
-            times_power(jnp.concatenate([jnp.sqrt(_squares(_wide(rows), 3)) for rows in side], 2), lift[..., 0])
-            for side, lift in zip(zip(*self.blocks(arrays)), lifts)
-        )
-        return self.contraction_error * _unit(left) * times_power(_spread(left, right), own - exponent)
+    def rounding(self, arrays):
+        blocks = self.blocks(arrays)
+        lengths = [[jnp.sqrt(_squares(_wide(rows), 3)) for rows in block] for block in blocks]
+        spread, hidden = self._spread(blocks, lengths)
+        return self.contraction_error * _unit(spread) * spread, hidden
 
     def gram(self, arrays):
-        _, *lifts, _ = self._scales(arrays)
-        left, right = (
-            times_power(_self_products(side), lift + jnp.swapaxes(lift, 2, 3))
-            for side, lift in zip(zip(*self.blocks(arrays)), lifts)
-        )
-        lengths = (jnp.sqrt(jnp.diagonal(products, axis1=2, axis2=3)) for products in (left, right))
-        return jnp.sum(left * right, (1, 2, 3)), _spread(*lengths)
+        blocks, squares, lengths = self.blocks(arrays), 0, []
+        for i, j in itertools.combinations_with_replacement(range(len(blocks)), 2):
+            products = [_multiplied(*pair, (((3,), (3,)), ((0, 1), (0, 1)))) for pair in zip(blocks[i], blocks[j])]
+            squares = squares + (1 if i == j else 2) * jnp.sum(math.prod(products), (1, 2, 3))
+            if i == j:
+                lengths.append([jnp.sqrt(_diagonal(side)) for side in products])
+        return squares, *self._spread(blocks, lengths)
+
+    def _spread(self, blocks, lengths) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+        """`Σ_t ‖a_t‖‖δ_t‖` (over batches, the root of squares), and hidden.
+
+        The square of an entry below `_root` may vanish, and so may the product of an entry and a weight below `tiny`.
+        """
+        total = sum(jnp.sum(left * right, 2) for left, right in lengths)
+        (m, n), root = (rows.shape[3] for rows in blocks[0]), _root(total)
+        count = sum(math.prod(left.shape[1:3]) for left, _ in blocks)
+        sides = (sum(jnp.sum(rows, (1, 2)) for rows in side) for side in zip(*lengths))
+        hidden = sum(math.sqrt(other) * side for side, other in zip(sides, (n, m)))
+        hidden = 2 * root * (hidden + count) + 2 * root**2 / LEAST_WEIGHT * count * math.sqrt(m * n)
+        return jnp.sqrt(jnp.sum(jnp.square(total), 1)), hidden
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,24 +284,18 @@ class Scattered(Countable):
 
     kept = property(lambda self: (self.indices, self.updates))
 
-    def exponent(self, arrays):
-        return _example_exponent(arrays[self.updates])
-
-    def form(self, example, exponent):
-        rows = times_power(_wide(example[self.updates]), -exponent)
-        return self._add(jnp.zeros(self.eqn.outvars[0].aval.shape, rows.dtype), example[self.indices], rows, 0)
-
-    def moderate(self, arrays):
-        return _all_moderate(self.exponent(arrays))
-
     def contract(self, arrays, weights):
         rows = _wide(arrays[self.updates])
-        rows = _weighted(rows, weights.astype(rows.dtype))
-        return self._add(jnp.zeros(self.eqn.outvars[0].aval.shape, rows.dtype), arrays[self.indices], rows, 1)
+        rows = weighted(rows, weights.astype(rows.dtype))
+        return self._add(jnp.zeros(self.eqn.outvars[0].aval.shape, rows.dtype), arrays[self.indices], rows)
 
-    def rounding(self, arrays, exponent):
-        rows = self._rows(arrays, exponent)
-        return self.contraction_error * _unit(rows) * jnp.sum(jnp.sqrt(_squares(rows, 2)), 1)
+    def rounding(self, arrays):
+        rows = self._rows(arrays)
+        spread = jnp.sum(jnp.sqrt(_squares(rows, 2)), 1)
+        return self.contraction_error * _unit(rows) * spread, self._hidden(spread)
+
+    def _hidden(self, like: Array) -> Array:
+        return jnp.full_like(like, 2 * _root(like) * self.positions() * math.sqrt(max(1, self.features())))
 
     def positions(self):
         return self.updates.aval.size // max(1, self.features())
@@ -352,15 +304,14 @@ class Scattered(Countable):
         windows = self.eqn.params["dimension_numbers"].update_window_dims
         return math.prod(self.updates.aval.shape[i] for i in windows)
 
-    def _rows(self, arrays, exponent) -> Float[Array, "examples positions features"]:
+    def _rows(self, arrays) -> Float[Array, "examples positions features"]:
         windows = self.eqn.params["dimension_numbers"].update_window_dims
         scattered = [i for i in range(self.updates.aval.ndim) if i not in windows]
-        rows = _positions(arrays[self.updates], (), scattered)[:, 0]
-        return times_power(_wide(rows), -_along(exponent, rows))
+        return _wide(_positions(arrays[self.updates], (), scattered)[:, 0])
 
-    def _add(self, table: Array, indices: Array, rows: Array, leading: int) -> Array:
+    def _add(self, table: Array, indices: Array, rows: Array) -> Array:
         numbers = self.eqn.params["dimension_numbers"]
-        numbers = numbers._replace(update_window_dims=tuple(i + leading for i in numbers.update_window_dims))
+        numbers = numbers._replace(update_window_dims=tuple(i + 1 for i in numbers.update_window_dims))
         return jax.lax.scatter_add(table, indices, rows, numbers, mode=self.eqn.params["mode"])
 
     @property
@@ -378,12 +329,12 @@ class Scattered(Countable):
         if self.eqn.params["mode"] == jax.lax.GatherScatterMode.CLIP:
             index = jnp.clip(index, 0, height - 1)
         inside = (index >= 0) & (index < height)
-        rows = self._rows(arrays, self.exponent(arrays))[:, None]
-        products = _self_products([rows])[:, 0]
+        rows = self._rows(arrays)
+        products = _multiplied(rows, rows, (((2,), (2,)), ((0,), (0,))))
         same = (index[:, :, None] == index[:, None, :]) & inside[:, :, None] & inside[:, None, :]
-        lengths = jnp.sqrt(jnp.diagonal(products, axis1=1, axis2=2))
-        lengths = jnp.sum(jnp.where(same, lengths[:, :, None] * lengths[:, None, :], 0), (1, 2))
-        return jnp.sum(jnp.where(same, products, 0), (1, 2)), jnp.sqrt(lengths)
+        lengths = jnp.sqrt(_diagonal(products))
+        spread = jnp.sqrt(jnp.sum(jnp.where(same, lengths[:, :, None] * lengths[:, None, :], 0), (1, 2)))
+        return jnp.sum(jnp.where(same, products, 0), (1, 2)), spread, self._hidden(spread)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,34 +347,25 @@ class Convolved(Term):
 
     kept = property(lambda self: (self.lhs, self.rhs))
 
-    def _exponents(self, arrays):
-        return [_example_exponent(arrays[var]) for var in self.kept]
-
-    def exponent(self, arrays):
-        return sum(self._exponents(arrays))
-
-    def form(self, example, exponent):
-        own, _ = self._exponents({var: example[var][None] for var in self.kept})
-        left = times_power(_wide(example[self.lhs]), -own[0])
-        return self._convolve(left, times_power(_wide(example[self.rhs]), own[0] - exponent))
-
-    def moderate(self, arrays):
-        return _all_moderate(jnp.stack(self._exponents(arrays)))
-
     def contract(self, arrays, weights):
         numbers = self.eqn.params["dimension_numbers"]
         left, right = (_wide(arrays[var]) for var in self.kept)
-        right = _weighted(right, weights.astype(right.dtype))
+        weights = weights.astype(right.dtype)
+        left, right = _kept(left, weights), weighted(right, weights)
         return self._convolve(_folded(left, numbers.lhs_spec[1]), _folded(right, numbers.rhs_spec[1]))
 
-    def rounding(self, arrays, exponent):
+    def rounding(self, arrays):
         taps = math.prod(self.eqn.outvars[0].aval.shape[i] for i in self.eqn.params["dimension_numbers"].out_spec[2:])
-        lengths = []
-        for var, own in zip(self.kept, self._exponents(arrays)):
-            array = _flat(_wide(arrays[var]))
-            lengths.append(jnp.sqrt(_squares(times_power(array, -own[:, None]), 1)))
-        scale = times_power(jnp.ones_like(lengths[0]), self.exponent(arrays) - exponent)
-        return _contraction_error(self.rhs.aval.size) * math.sqrt(taps) * _unit(scale) * scale * math.prod(lengths)
+        left, right = (jnp.sqrt(_squares(_flat(_wide(arrays[var])), 1)) for var in self.kept)
+        entries, out = [var.aval.size for var in self.kept], self.eqn.outvars[0].aval.size
+        sizes = sum(math.sqrt(size) * (length + 2 * math.sqrt(size)) for size, length in zip(entries, (left, right)))
+        hidden = (2 * _root(left) * (left + right + 1) + _root(left) ** 2 / LEAST_WEIGHT * sizes) * math.sqrt(out)
+        return jnp.stack(
+            [
+                _contraction_error(self.rhs.aval.size) * math.sqrt(taps) * _unit(left) * left * right,
+                hidden * math.sqrt(max(1, self.lhs.aval.size, self.rhs.aval.size)),
+            ]
+        )
 
     def _convolve(self, lhs: Array, rhs: Array) -> Array:
         names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers")
@@ -447,23 +389,14 @@ class Linear(Term):
         """The operation's."""
         return self.eqn.primitive.name
 
-    def exponent(self, arrays):
-        return _largest([term.exponent(arrays) for term in self.terms])
-
-    def form(self, example, exponent):
-        return self.apply([term.form(example, exponent) for term in self.terms])
-
-    def moderate(self, arrays):
-        return jnp.all(jnp.stack([term.moderate(arrays) for term in self.terms]))
-
     def contract(self, arrays, weights):
         return self.apply([term.contract(arrays, weights) for term in self.terms])
 
-    def rounding(self, arrays, exponent):
-        total = sum(term.rounding(arrays, exponent) for term in self.terms)
-        if self.name != "reduce_sum":
-            return total
-        return total * math.sqrt(self.eqn.invars[0].aval.size / max(1, self.eqn.outvars[0].aval.size))
+    def rounding(self, arrays):
+        more = 1.0
+        if self.name == "reduce_sum":
+            more = math.sqrt(self.eqn.invars[0].aval.size / max(1, self.eqn.outvars[0].aval.size))
+        return tuple(more * sum(bound) for bound in zip(*(term.rounding(arrays) for term in self.terms)))
 
     def apply(self, operands: list[Array]) -> Array:
         """The operation, but without a conversion to a narrower type."""
@@ -485,32 +418,20 @@ class Scaled(Term):
     def kept(self):
         return self.term.kept if isinstance(self.factor, float) else (*self.term.kept, self.factor)
 
-    def parts(self, arrays: Mapping[Any, Array]) -> tuple[Any, Any]:
-        """The factor as a mantissa of at least 1/2 and a power of two."""
-        if isinstance(self.factor, float):
-            return math.frexp(self.factor) if self.factor else (0.0, _NOTHING)
-        factor = _wide(arrays[self.factor])
-        exponent = _exponent(factor, ())
-        return times_power(factor, -exponent), exponent
-
-    def exponent(self, arrays):
-        return self.term.exponent(arrays) + self.parts(arrays)[1]
-
-    def form(self, example, exponent):
-        mantissa, own = self.parts(example)
-        return jax.lax.optimization_barrier(self.term.form(example, exponent - own) * mantissa)
-
-    def moderate(self, arrays):
-        own = jnp.asarray(self.parts(arrays)[1])
-        return self.term.moderate(arrays) & _all_moderate(2 * own)
-
     def contract(self, arrays, weights):
         factor = self.factor if isinstance(self.factor, float) else arrays[self.factor].astype(weights.dtype)
-        return self.term.contract(arrays, weights * factor)
+        return self.term.contract(arrays, weighted(jnp.broadcast_to(factor, weights.shape), weights))
 
-    def rounding(self, arrays, exponent):
-        mantissa, own = self.parts(arrays)
-        return self.term.rounding(arrays, exponent - own) * abs(mantissa)
+    def rounding(self, arrays):
+        return self.times(arrays, *self.term.rounding(arrays))
+
+    def times(self, arrays: Mapping[Any, Array], *bounds: Float[Array, " b"]) -> tuple[Float[Array, " b"], ...]:
+        """Bounds of the scaled term from those of `term`, hidden the last; infinite where the scalar is extreme."""
+        *others, hidden = bounds
+        factor = self.factor if isinstance(self.factor, float) else arrays[self.factor]
+        factor = jnp.abs(jnp.asarray(factor, hidden.dtype))
+        usual = (factor == 0) | ((factor >= 1 / LARGEST_WEIGHT) & (factor <= LARGEST_WEIGHT))
+        return *(other * factor for other in others), jnp.where(usual, hidden * jnp.maximum(1, factor), jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -577,79 +498,57 @@ def _same_move(one: Linear, other: Linear) -> bool:
 
 
 def norm_of_array(array: Array) -> Float[Array, " b"]:
-    """`‖G_i‖` of arrays that exist, at any scale; infinite where it overflows."""
+    """`‖G_i‖` of arrays that exist, at any scale; not finite where it overflows."""
     array = _flat(_wide(array))
-    exponent = _exponent(array, 1)
-    return times_power(jnp.sqrt(_squares(times_power(array, -exponent), 1)), exponent[:, 0])
+    if jnp.iscomplexobj(array):
+        array = jnp.concatenate([array.real, array.imag], 1)
+    return _norm(array, 1)
 
 
-def measured(
-    term: Term, arrays: Mapping[Any, Array], size: int, skipped: Bool[Array, " b"], core: Bare | None
-) -> tuple[Float[Array, " b"], Bool[Array, ""]]:
-    """`‖G_i‖`, never less than the norm of what `summed` adds for the example.
+def bounds(term: Term, arrays: Mapping[Any, Array], size: int, core: Bare | None) -> tuple[Array, Array, Array]:
+    """`‖G_i‖`, slack and hidden, each (b,): `term.contract` adds for an example at most their sum times its weight.
 
     Args:
         term: G, of `size` entries.
         arrays: all that is in it.
-        skipped: examples whose norm is of no interest.
-        core: from `bare`, to take norms from Gram matrices where nothing cancels.
-
-    Returns:
-        Norms, and whether `summed` must form the arrays: positions cancel in an example, or its factors are extreme.
+        core: from `bare`, to take norms from Gram matrices; None: form some examples at a time, and drop them.
     """
-    exponent = term.exponent(arrays)
-    split, form = _some_at_a_time(term, arrays, exponent, size)
-    formed = lambda: jax.lax.map(lambda part: norm_of_array(form(*part)), split).reshape(exponent.shape)  # noqa: E731
-    if core is None:
-        norm, rounding = formed(), term.rounding(arrays, exponent)
-        delicate = jnp.any((rounding > CONTRACTION_ERROR * norm) & ~skipped) | ~term.moderate(arrays)
-        return times_power(jnp.where(delicate, norm, norm + rounding), exponent), delicate
-    squares, spread = core.core.gram(arrays)
-    unit = _unit(squares)
-    error, rounding = core.core.gram_error * unit * jnp.square(spread), core.core.contraction_error * unit * spread
-    norm = jnp.sqrt(jnp.maximum(squares, 0) + error)
-    cancels = jnp.any(((error > GRAM_ERROR * squares) | (rounding > CONTRACTION_ERROR * norm)) & ~skipped)
-    delicate = cancels | ~term.moderate(arrays)
-    mantissa = math.prod((abs(scaled.parts(arrays)[0]) for scaled in core.scales), start=jnp.ones_like(squares))
-    return times_power(jax.lax.cond(delicate, formed, lambda: (norm + rounding) * mantissa), exponent), delicate
-
-
-def summed(
-    term: Term, arrays: Mapping[Any, Array], size: int, weights: Float[Array, " b"], delicate: Bool[Array, ""]
-) -> Array:
-    """`Σ_i weights_i G_i` of what `measured` has measured. Examples of weight 0 add exactly 0, whatever they hold."""
-
-    def formed():
-        exponent = term.exponent(arrays)
-        split, form = _some_at_a_time(term, arrays, exponent, size)
-        scales = times_power(weights, exponent).reshape(split[0].shape)
-
-        def total(scale, *part):
-            made = form(*part)
-            return jnp.sum(_weighted(made, scale), 0)
-
-        empty = zeros_like(jax.eval_shape(lambda: total(*(array[0] for array in (scales, *split)))))
-        return jax.lax.scan(lambda sofar, part: (sofar + total(*part), None), empty, (scales, *split))[0]
-
     if isinstance(term, Value):
-        return term.contract(arrays, weights)
-    delicate |= ~_all_moderate(_exponent(weights, ()))
-    return jax.lax.cond(delicate, formed, lambda: term.contract(arrays, weights))
+        norm = jnp.sqrt(_squares(_flat(_wide(arrays[term.var])), 1))
+        return norm, jnp.zeros_like(norm), jnp.full_like(norm, 2 * _root(norm) * math.sqrt(size))
+    if core is None:
+        names = dict.fromkeys(term.kept)
+        kept = [arrays[name] for name in names]
+        parts = in_parts(kept, at_once(len(kept[0]), term.entries, size))
+        form = jax.vmap(lambda part: formed(term, dict(zip(names, part))))
+        norm = jax.lax.map(lambda part: jnp.sqrt(_squares(_flat(form(part)), 1)), parts).reshape(len(kept[0]))
+        slack, hidden = term.rounding(arrays)
+        return norm, slack, hidden + 2 * _root(norm) * math.sqrt(size)
+    squares, spread, hidden = core.core.gram(arrays)
+    squares, unit = jnp.maximum(squares, 0), _unit(squares)
+    norm = jnp.sqrt(squares)
+    above = jnp.sqrt(squares + core.core.gram_error * unit * jnp.square(spread)) - norm
+    found = norm, above + core.core.contraction_error * unit * spread, hidden
+    for scaled in reversed(core.scales):
+        found = scaled.times(arrays, *found)
+    return found
 
 
-def _some_at_a_time(term: Term, arrays: Mapping[Any, Array], exponent: Int[Array, " b"], size: int):
-    """Exponents and arrays (parts, examples, ...), and a function of one part that forms `G·2^-exponent`.
+def formed(term: Term, example: Mapping[Any, Array]) -> Array:
+    """`G` of one example."""
+    one = {var: example[var][None] for var in term.kept}
+    return term.contract(one, jnp.ones(1, jnp.result_type(jnp.float32, *(_wide_real(array) for array in one.values()))))
 
-    As many examples are a part as have room in a quarter of what the factors take.
-    """
-    names, count = tuple(dict.fromkeys(term.kept)), len(exponent)
-    at_once = max(1, count * term.entries // (4 * size))
-    at_once = next(n for n in range(min(at_once, max(count, 1)), 0, -1) if count % n == 0)
-    split = [
-        array.reshape(count // at_once, at_once, *array.shape[1:]) for array in (exponent, *map(arrays.get, names))
-    ]
-    each = jax.vmap(lambda exponent, *example: term.form(dict(zip(names, example)), exponent))
-    return split, lambda *part: jax.lax.optimization_barrier(each(*part))
+
+def at_once(count: int, entries: int, size: int) -> int:
+    """How many of `count` examples, each of `entries`, to form at a time, so that they need a quarter of the memory."""
+    most = max(1, min(count, count * entries // (4 * max(1, size))))
+    return next(n for n in range(most, 0, -1) if count % n == 0)
+
+
+def in_parts(tree: Any, size: int) -> Any:
+    """Arrays (examples, ...) as (parts, size, ...)."""
+    return jax.tree.map(lambda array: array.reshape(len(array) // size, size, *array.shape[1:]), tree)
 
 
 def zeros_like(tree: Any) -> Any:
@@ -665,55 +564,36 @@ def zeros_like(tree: Any) -> Any:
 
 def joint_norm(norms: Float[Array, "parts ..."]) -> Float[Array, "..."]:
     """The norm of all parts together, without overflow on the way."""
-    exponent = _exponent(norms, 0)
-    return times_power(jnp.sqrt(jnp.sum(jnp.square(times_power(norms, -exponent)), 0)), exponent[0])
+    return _norm(norms, 0)
+
+
+def _norm(array: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """Large and small arrays are scaled by a power of two first, so that no square leaves the type."""
+    info = jnp.finfo(array.dtype)
+    largest = jnp.max(jnp.abs(array), axis, keepdims=True, initial=0)
+    edge, lift = 2.0 ** int(0.4 * info.maxexp), 2.0 ** int(0.7 * info.maxexp)
+    large, little = largest > edge, largest < 1 / edge
+    scale = jnp.where(large, 1 / lift, jnp.where(little, lift, 1)).astype(array.dtype)
+    back = jnp.where(large, lift, jnp.where(little, 1 / lift, 1)).astype(array.dtype)
+    return jnp.squeeze(back, axis) * jnp.sqrt(jnp.sum(jnp.square(array * scale), axis))
+
+
+def varying_axes(leaf: Array) -> frozenset:
+    """The mesh axes over which `leaf` differs between devices, inside `shard_map`."""
+    return jax.typeof(leaf).manual_axis_type.varying
+
+
+def varying_tree(tree: PyTree, axes: frozenset) -> PyTree:
+    """`tree` with its arrays made varying over `axes`; all else in it stays as it is."""
+
+    def varying(leaf):
+        missing = tuple(sorted(axes - varying_axes(leaf))) if isinstance(leaf, jax.Array) else ()
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(varying, tree)
 
 
 # --- Arrays with the example axis first -----------------------------------------------------------------------------
-
-
-def times_power(array: Array, exponent: Int[Array, "..."] | int) -> Array:
-    """`array · 2^exponent`, exact but for overflow and underflow; exactly 0 (or NaN) where it is an exponent of 0."""
-    kind, mantissa, bias = _layout(_wide_type(jnp.finfo(array.dtype).dtype))
-    exponent = jnp.asarray(exponent, kind)
-    nothing, exponent = exponent <= _NOTHING // 2, jnp.clip(exponent, 2 - 2 * bias, 2 * bias - 2)
-    half = exponent >> 1
-    for part in (half, exponent - half):
-        power = jax.lax.bitcast_convert_type(jnp.where(nothing, 0, part + bias) << mantissa, _float_type(kind))
-        array = array * power.astype(jnp.finfo(array.dtype).dtype)
-    return array
-
-
-def _exponent(array: Array, axes: int | tuple[int, ...]) -> Int[Array, "..."]:
-    """The least e with |array| < 2^e along `axes`, which stay as 1; `_NOTHING` for 0 and what is too small to count."""
-    if jnp.iscomplexobj(array):
-        size = jnp.maximum(jnp.abs(array.real), jnp.abs(array.imag))
-    else:
-        size = jnp.abs(array)
-    largest = _wide(jnp.max(size, axes, keepdims=True, initial=0))
-    kind, mantissa, bias = _layout(largest.dtype)
-    exponent = (jax.lax.bitcast_convert_type(largest, kind) >> mantissa).astype(jnp.int32) & (2 * bias + 1)
-    return jnp.where(exponent == 0, _NOTHING, exponent - (bias - 1))
-
-
-def _layout(dtype) -> tuple[Any, int, int]:
-    """Of a floating-point type: an integer type of its size, bits of the mantissa, bias of the exponent."""
-    return (jnp.int64, 52, 1023) if dtype == jnp.float64 else (jnp.int32, 23, 127)
-
-
-def _float_type(kind) -> Any:
-    return jnp.float64 if kind == jnp.int64 else jnp.float32
-
-
-def _example_exponent(array: Array) -> Int[Array, " b"]:
-    return _exponent(_flat(array), 1)[:, 0]
-
-
-def _largest(exponents: Sequence[Array]) -> Array:
-    largest = exponents[0]
-    for exponent in exponents[1:]:
-        largest = jnp.maximum(largest, exponent)
-    return largest
 
 
 def _unit(array: Array) -> float:
@@ -721,14 +601,14 @@ def _unit(array: Array) -> float:
     return float(jnp.finfo(array.dtype).eps) / 2
 
 
+def _root(array: Array) -> float:
+    """The least size whose square is sure not to vanish."""
+    return math.sqrt(float(jnp.finfo(array.dtype).tiny))
+
+
 def _contraction_error(positions: int) -> float:
     """Of a sum over that number of positions, in roundoffs of the sum of their sizes; seen to be up to 80."""
     return 4 + min(positions, 4096) / 32
-
-
-def _spread(left: Float[Array, "b batch t"], right: Float[Array, "b batch t"]) -> Float[Array, " b"]:
-    """`Σ_t ‖a_t‖‖δ_t‖`, what ‖G‖ would be if all positions pulled the same way; over batches, the root of squares."""
-    return jnp.sqrt(jnp.sum(jnp.square(jnp.sum(left * right, 2)), 1))
 
 
 def _wide_type(dtype) -> Any:
@@ -737,6 +617,10 @@ def _wide_type(dtype) -> Any:
 
 def _wide(array: Array) -> Array:
     return array.astype(_wide_type(array.dtype))
+
+
+def _wide_real(array: Array) -> Any:
+    return _wide_type(jnp.finfo(array.dtype).dtype) if jnp.issubdtype(array.dtype, jnp.inexact) else jnp.float32
 
 
 def _real(weights: Array, array: Array) -> Array:
@@ -748,6 +632,11 @@ def _squares(array: Array, axis: int) -> Array:
     return jnp.sum(array.real**2 + array.imag**2 if jnp.iscomplexobj(array) else jnp.square(array), axis)
 
 
+def _diagonal(products: Float[Array, "... n n"]) -> Float[Array, "... n"]:
+    """Without the gather of `jnp.diagonal`."""
+    return jnp.sum(jnp.where(jnp.eye(products.shape[-1], dtype=bool), products, 0), -1)
+
+
 def _flat(array: Array) -> Array:
     return array.reshape(len(array), math.prod(array.shape[1:]))
 
@@ -756,14 +645,16 @@ def _along(per_example: Array, array: Array) -> Array:
     return per_example.reshape(-1, *[1] * (array.ndim - 1))
 
 
-def _weighted(array: Array, weights: Float[Array, " b"]) -> Array:
-    """Each example times its weight; exactly 0 where that is 0."""
-    weights = _along(weights, array)
+def weighted(array: Array, weights: Float[Array, " b"]) -> Array:
+    """Each example times its weight, float32 or wider; exactly 0 where that is 0."""
+    array = _wide(array)
+    weights = _along(_real(weights, array), array)
     return jnp.where(weights == 0, 0, array * weights)
 
 
-def _all_moderate(exponents: Int[Array, "..."]) -> Bool[Array, ""]:
-    return jnp.all((jnp.abs(exponents) <= MODERATE) | (exponents <= _NOTHING // 2))
+def _kept(array: Array, weights: Float[Array, " b"]) -> Array:
+    """Each example as it is; exactly 0 where its weight is 0."""
+    return jnp.where(_along(weights, array) == 0, 0, array)
 
 
 def _folded(array: Array, axis: int) -> Array:
@@ -778,19 +669,8 @@ def _positions(array: Array, batch, contracted) -> Float[Array, "examples batch 
     sizes = [math.prod(array.shape[1 + i] for i in axes) for axes in (batch, contracted, free)]
     array = jnp.transpose(array, [0, *(i + 1 for i in (*batch, *contracted, *free))])
     array = array.reshape(array.shape[0], *sizes)
-    return array if jnp.finfo(array.dtype).maxexp >= 128 else _wide(array)  # float16 has no room for powers of two
+    return array if jnp.finfo(array.dtype).maxexp >= 128 else _wide(array)  # squares of float16 overflow
 
 
 def _multiplied(left: Array, right: Array, numbers) -> Array:
     return jax.lax.dot_general(left, right, numbers, precision=_HIGHEST, preferred_element_type=_wide_type(left.dtype))
-
-
-def _self_products(blocks: Sequence[Array]) -> Float[Array, "examples batch positions positions"]:
-    """Of all rows of the blocks with each other."""
-    numbers = ((3,), (3,)), ((0, 1), (0, 1))
-    products = {(i, j): _multiplied(blocks[i], blocks[j], numbers) for j in range(len(blocks)) for i in range(j + 1)}
-    if len(blocks) == 1:
-        return products[0, 0]
-    across = products[0, 1]
-    top = jnp.concatenate([products[0, 0], across], 3)
-    return jnp.concatenate([top, jnp.concatenate([jnp.swapaxes(across, 2, 3), products[1, 1]], 3)], 2)

@@ -24,7 +24,7 @@ def normal(seed: int, *shape: int):
 def weighted_sum(fun, weights, *examples, skipped=None):
     """Norms of the leaves, their sums with the same weights for each, and aux."""
     skipped = jnp.zeros(len(weights), bool) if skipped is None else skipped
-    weigh = lambda norms: (jax.tree.map(lambda _: weights, norms), norms)  # noqa: E731
+    weigh = lambda skipped, norms: (jax.tree.map(lambda _: weights[: len(skipped)], norms), norms)  # noqa: E731
     sums, norms, aux = bookkeeping.weighted_sum(fun, weigh, skipped, examples)
     return jax.tree.leaves(norms), jax.tree.leaves(sums), aux
 
