@@ -85,7 +85,9 @@ def clipped_fun(
         and by twice that if it is another. With a tree of clip norms, C is √Σ C_k².
         The norm is taken of exactly the array that is summed: same factors, same rounding, same rearrangement. So this
         holds to 1e-5 at any scale of float32 and bfloat16, whatever cancels within a record, for sums of few examples;
-        a float32 sum of n terms rounds by up to n·6e-8·C more.
+        a float32 sum of n terms rounds by up to n·6e-8·C more. What one example adds does not depend on the others.
+        Where rounding hides part of a norm, clipping assumes up to 1 % more than the norm that is returned; an example
+        that would need more is formed instead. A norm so far below C that it cannot matter may be returned as 0.
         An example marked as padding, or whose value holds a NaN, an infinity or a norm beyond its type, contributes
         exactly 0, chosen by `where`. (`jax_privacy` 2.0 zeroes only the coordinates that are not finite.) Norms and
         sums are float32 or wider whatever the types of `fun`, and their contractions take the highest precision; C is
