@@ -161,7 +161,7 @@ def _ledger_main(arguments: list[str]) -> int:
     for account in accounts:
         print(*ledger.sentences(account), sep="\n")
     if len(accounts) > 1:
-        print("These accounts speak of different records or neighbours; no single ε covers them together.")
+        print("No single ε covers these accounts together. A record that is in several of them pays for each.")
     if not accounts:
         print(f"{given.ledger}: no run on private layers was started")
     return 0

@@ -6,7 +6,7 @@ from typing import Any
 
 from maskdp import __version__
 from maskdp_jax.config import TrainConfig
-from maskdp_jax.mechanism import Epsilon, Mechanism
+from maskdp_jax.mechanism import Epsilon, Mechanism, upward
 
 _NEIGHBOURS = {
     "zero_out": "the private layer of one record is replaced by the fill",
@@ -146,10 +146,10 @@ def plain_words(card: Mapping[str, Any]) -> dict[str, Any]:
     factor = math.exp(min(epsilon, 700))
     sentence = (
         f"Whoever sees this model learns little about {card['speaks_of']}: if "
-        f"{_NEIGHBOURS[card['adjacency']]}, no outcome of the training becomes more than {factor:.3g} times as "
-        f"likely or unlikely, but for a chance of {delta:.0e} (ε = {math.ceil(epsilon * 1000) / 1000:g})."
+        f"{_NEIGHBOURS[card['adjacency']]}, no outcome of the training becomes more than {upward(factor, 3)} times as "
+        f"likely or unlikely, but for a chance of {upward(delta, 2)} (ε = {math.ceil(epsilon * 1000) / 1000:g})."
     )
-    covered = [f"{card['speaks_of']}: ε = {math.ceil(epsilon * 1000) / 1000:g} at δ = {delta:g}"]
+    covered = [f"{card['speaks_of']}: ε = {math.ceil(epsilon * 1000) / 1000:g} at δ = {upward(delta)}"]
     for who in ("person", "place"):
         if most[who] == 1:
             covered.append(f"the same of one {who}, all of whose clips are one record")

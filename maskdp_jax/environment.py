@@ -7,6 +7,7 @@ import os
 import pathlib
 import platform
 
+import cv2
 import jax
 
 import maskdp
@@ -28,14 +29,25 @@ def describe(devices: int) -> dict[str, str]:
     return {
         "devices": f"{devices} × {jax.devices()[0].device_kind} in {jax.process_count()} processes",
         "platform": f"{jax.devices()[0].platform} on {platform.machine()}",
+        "processor": _processor(),
+        "opencv": cv2.__version__,
         "python": platform.python_version(),
         **versions(),
         "code": code_digest(),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", ""),
         "LIBTPU_INIT_ARGS": os.environ.get("LIBTPU_INIT_ARGS", ""),
         "jax_enable_x64": str(jax.config.jax_enable_x64),
         "jax_default_matmul_precision": str(jax.config.jax_default_matmul_precision),
     }
+
+
+def _processor() -> str:
+    """Model of the CPU; JAX calls all of them `cpu`, but compiles for the vector units of each."""
+    about = pathlib.Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 @functools.cache

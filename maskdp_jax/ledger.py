@@ -62,7 +62,8 @@ def charge(dataset: layers.Dataset, run: str, split: str, delta: float, mechanis
     """Enters a run, once. The entry is on disk when this returns.
 
     Raises:
-        UserError: the ledger cannot be written; a run that cannot be charged must not start.
+        UserError: the ledger cannot be written, or holds the run with another mechanism; a run that cannot be charged
+            must not start.
     """
     if mechanism.sensitivity == 0:
         return
@@ -79,8 +80,11 @@ def charge(dataset: layers.Dataset, run: str, split: str, delta: float, mechanis
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             text = file.read()
-            if any(known.run == run for known in _parsed(path, text)):
-                return
+            for known in _parsed(path, text):
+                if known.run == run:
+                    if (known.mechanism, known.delta) != (mechanism, delta):
+                        raise UserError(f"{path}: run {run} was entered with another mechanism, expected a new run")
+                    return
             file.truncate(len(text[: text.rfind("\n") + 1].encode()))  # an entry cut off by a kill; its run never began
             file.write(json.dumps(entry) + "\n")
             file.flush()

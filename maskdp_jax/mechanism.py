@@ -39,6 +39,8 @@ _Relation = dp_accounting.NeighboringRelation
 _OVERFLOW = 1e-24  # default chance that any Poisson batch of the run exceeds its slots
 _LARGEST_EPSILON = 512.0
 _MOST = {"num_units": 2**31 - 1, "steps": 10**8}  # units are int32; beyond it an account takes minutes
+_CLIP_NORMS = 1e-20, 1e20  # terms, noise and the spacing of a lattice are normal float32 numbers
+_NOISE = 1e-6, 1e9
 _FFT_ERROR = 2.0**-50  # δ charged per composed step for the rounding of the Fourier transform in a PLD
 _RENYI_ORDERS = (*range(2, 65), *range(72, 257, 8), 384, 512, 768, 1024)  # whole orders: exact sums, and fast
 
@@ -127,8 +129,14 @@ class Mechanism:
                 raise UserError(f"Mechanism.{name}: {getattr(self, name)}, expected at most {most}")
         if self.batch_size > self.num_units:
             raise UserError(f"Mechanism.batch_size: {self.batch_size}, expected at most num_units = {self.num_units}")
-        if not 0 <= self.noise_multiplier < math.inf:
-            raise UserError(f"Mechanism.noise_multiplier: {self.noise_multiplier}, expected a finite number from 0 up")
+        least, most = _CLIP_NORMS
+        if not least <= self.l2_clip_norm <= most:
+            raise UserError(f"Mechanism.l2_clip_norm: {self.l2_clip_norm}, expected a number from {least} to {most}")
+        least, most = _NOISE
+        if self.noise_multiplier != 0 and not least <= self.noise_multiplier <= most:
+            raise UserError(
+                f"Mechanism.noise_multiplier: {self.noise_multiplier}, expected 0 or a number from {least} to {most}"
+            )
         if self.noise_multiplier > 0 and self.objective in ("sgd", "public_only"):
             raise UserError(f"Mechanism.noise_multiplier: {self.objective} adds no noise, expected 0")
         if self.adjacency == "remove" and self.objective not in ("dp_sgd", "sgd"):
@@ -561,7 +569,8 @@ def compose(mechanisms: Sequence[Mechanism], delta: float) -> Epsilon:
         def delta_of(epsilon: float) -> float:
             overflow = sum(m._overflow_delta(epsilon) for m in composed if not m._in_epochs)
             lost = sum(support_delta(m.steps, epsilon, m.exact) for m in composed)
-            return loss.get_delta_for_epsilon(epsilon) + overflow + lost
+            rounding = sum(m._exposures for m in composed) * _FFT_ERROR
+            return loss.get_delta_for_epsilon(epsilon) + overflow + lost + rounding
 
         together = _smallest_epsilon(delta_of, delta / parts)
         by_pld = None if summed else together

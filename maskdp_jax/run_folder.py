@@ -55,8 +55,10 @@ def create(
     """Opens a new run: secret, config and, last, `run.json`.
 
     Raises:
-        UserError: the folder holds something else.
+        UserError: the folder holds something else, or another process was first.
     """
+    if started(folder):
+        raise UserError(f"{folder}: opened by another process in the meantime, expected a folder of its own as out")
     if folder.exists() and any(folder.iterdir()):
         if not (folder / SECRET).exists() or (folder / CHECKPOINTS).exists():
             raise UserError(f"{folder}: not empty and not a run, expected a new folder as out")

@@ -163,3 +163,11 @@ def test_a_cut_last_line_of_the_ledger_is_passed_over_and_a_damaged_one_is_not(c
 def test_ledger_epsilon_is_rounded_up():
     for value in (0.12341, 0.9999, 1.0001, 33.333333):
         assert float(ledger.epsilon_words(Epsilon(value, None, None, 1e-5, ""))) >= value
+
+
+def test_a_run_entered_with_another_mechanism_is_refused(charged):
+    """Else `run.json` could be given more noise half-way, and the card would state less than was spent."""
+    data, one = charged
+    ledger.charge(data, "r1", "train", 1e-5, one)
+    with pytest.raises(UserError, match="r1 was entered with another mechanism"):
+        ledger.charge(data, "r1", "train", 1e-5, dataclasses.replace(one, noise_multiplier=50.0))

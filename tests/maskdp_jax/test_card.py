@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 
@@ -113,3 +114,12 @@ def test_card_is_json(toy, tmp_path):
     assert json.loads(json.dumps(made)) == made
     assert all(not (isinstance(value, float) and math.isinf(value)) for value in made.values())
     assert dataclasses.is_dataclass(Mechanism)
+
+
+def test_plain_words_round_up(toy, tmp_path):
+    made = make(toy, tmp_path) | {"epsilon": 0.7, "delta": 1.4444444e-5}
+    words = card.plain_words(made)
+    factor, delta = re.search(r"more than (\S+) times .* a chance of (\S+) \(", words["sentence"]).groups()
+    assert float(factor) >= math.exp(0.7)
+    assert float(delta) >= made["delta"]
+    assert float(re.search(r"at δ = (\S+)$", words["covered"][0])[1]) >= made["delta"]

@@ -562,3 +562,21 @@ def test_runs_that_share_no_claim_are_not_added(change, name):
 def test_a_mechanism_survives_json_exactly():
     mechanism = Mechanism(101, 7, 5, noise_multiplier=1 / 3, l2_clip_norm=0.1, unit="scene", dataset="a")
     assert Mechanism(**json.loads(json.dumps(mechanism.as_dict()))) == mechanism
+
+
+@pytest.mark.parametrize("fields", [dict(noise_multiplier=s) for s in (1e-300, 1e300, math.nan)])
+def test_noise_beyond_any_account_is_refused_at_once(fields):
+    with pytest.raises(UserError, match="noise_multiplier"):
+        Mechanism(**SMALL | fields)
+
+
+@pytest.mark.parametrize("norm", [1e-33, 1e-300, 1e300, math.inf, math.nan])
+def test_clip_norms_beyond_float32_are_refused(norm):
+    """At 1e-33 the lattice's spacing is no normal float32, and a rounded term was 88 times as long as accounted."""
+    with pytest.raises(UserError, match="l2_clip_norm"):
+        Mechanism(**SMALL | dict(l2_clip_norm=norm))
+
+
+def test_composition_charges_the_rounding_of_the_fourier_transform():
+    mechanism = Mechanism(40_320, 128, 100, noise_multiplier=2.68)
+    assert compose([mechanism], 1e-13).value >= mechanism.epsilon(1e-13).pld * (1 - 1e-6)

@@ -11,6 +11,7 @@ import sys
 import time
 import uuid
 
+import cv2
 import numpy as np
 import pytest
 
@@ -18,7 +19,7 @@ from maskdp import config as config_files
 from maskdp import layers, report
 from maskdp.errors import UserError
 from maskdp.report import runs as run_folders
-from maskdp_jax import checkpoint, export, keys, ledger, run_folder, train
+from maskdp_jax import checkpoint, environment, export, keys, ledger, run_folder, train
 from maskdp_jax.config import TrainConfig
 from maskdp_jax.mechanism import Mechanism, compose
 
@@ -364,3 +365,24 @@ def test_mistakes_are_one_line(toy, dataset, tmp_path, words, message, capsys):
     line = capsys.readouterr().err.strip()
     assert message in line
     assert "\n" not in line
+
+
+def test_a_second_process_does_not_take_over_a_run_that_was_just_opened(unfinished):
+    """Both found no run; while the second calibrated its noise, the first opened the folder."""
+    folder, _, words = unfinished
+    shutil.rmtree(folder / "checkpoints")  # the first has not reached a checkpoint yet
+    secret = (folder / "run.secret").read_bytes()
+    started, early = run_folder.started, [False]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_folder, "started", lambda path: early.pop() if early else started(path))
+        with pytest.raises(UserError, match="opened by another process"):
+            run(words)
+    assert (folder / "run.secret").read_bytes() == secret
+
+
+def test_the_environment_names_all_that_a_view_or_a_step_depends_on(monkeypatch):
+    known = environment.describe(1)
+    assert known["opencv"] == cv2.__version__
+    assert known["processor"]
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "other")
+    assert environment.describe(1) != known
