@@ -238,8 +238,8 @@ def _sources_behind(config: TrainConfig, start: checkpoint.Trained, clips: Clips
     """The sources behind start weights, which enter for free and so must be functions of public data.
 
     Raises:
-        UserError: a run behind them was private, or read records that this run protects: private layers, and under
-            `remove` also public ones; or it cannot be told which records they read.
+        UserError: a run behind them was private, or read records that this run protects, known by video id, private or
+            public layer (under `remove` also a run that read public layers alone); or it cannot be told which.
     """
     known = lineage.read(pathlib.Path(config.init))
     if config.objective.name == "sgd":
@@ -252,7 +252,7 @@ def _sources_behind(config: TrainConfig, start: checkpoint.Trained, clips: Clips
     for source in known or ():
         if source.objective == "public_only" and not public_too:
             continue
-        for kind, count in lineage.overlap(source, clips, public_too).items():
+        for kind, count in lineage.overlap(source, clips, public_too=True).items():
             if count:
                 raise UserError(
                     f"init: {config.init} was trained with {source.objective} on records protected here: "

@@ -144,7 +144,7 @@ def test_ledger_prints_what_publishing_all_of_it_costs(charged, capsys):
     text = capsys.readouterr().out
     assert "publishing all 2 private runs on split train costs ε = " in text
     assert "must not be published" in text
-    assert "no single ε covers them together" in text
+    assert "No single ε covers these accounts together" in text
 
 
 def test_a_cut_last_line_of_the_ledger_is_passed_over_and_a_damaged_one_is_not(charged, capsys):

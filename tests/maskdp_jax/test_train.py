@@ -215,6 +215,16 @@ def test_rewriting_the_dataset_does_not_make_its_weights_public(toy, tmp_path):
         assert not (tmp_path / "run" / "run.json").exists()
 
 
+def test_renamed_records_with_other_private_layers_are_known_by_their_public_ones(toy, tmp_path):
+    """Coding the scenes once more and other names would hide them; neighbours share all public layers."""
+    data = toy.write(tmp_path / "data", {"train": 8}, seed=3)
+    first = run(toy.arguments(data, tmp_path / "pre", "sgd", optim__steps=1, data__eval_split=""))
+    change = lambda c: dict(private=c.private // 2, video_id="x" + c.video_id, clip_id="x" + c.clip_id)  # noqa: E731
+    other = rewritten(data, tmp_path / "other", change)
+    with pytest.raises(UserError, match="8 equal public layers"):
+        run(toy.arguments(other, tmp_path / "run", init=first, data__eval_split="", optim__steps=1))
+
+
 def test_an_export_is_public_only_on_the_users_word(toy, dataset, tmp_path):
     public = toy.write(tmp_path / "public", {"a": 2, "train": 8}, seed=3)
     first = run(toy.arguments(public, tmp_path / "pre", "sgd", optim__steps=1, data__eval_split=""))
