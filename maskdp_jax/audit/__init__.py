@@ -73,7 +73,7 @@ def audit_run(
     else:
         yield from claims.claims(config, card, count, dataset.id)
     yield from terms.terms(trained.objective, trained.weights, config, recorded, dataset)
-    if config.data.eval_split in dataset.splits:
+    if config.data.eval_split in dataset.splits and len(dataset[config.data.eval_split]) > membership.DECOYS:
         yield membership.finding(trained, dataset, config.data.split, config.data.eval_split)
     if card["epsilon"] is not None and recorded.noise_multiplier:
         for _ in range(rehearsals):

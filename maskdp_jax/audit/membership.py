@@ -20,6 +20,7 @@ from maskdp_jax.config import DataConfig
 from maskdp_jax.data import cropped, resize, spaced
 
 CANDIDATES = 8
+DECOYS = CANDIDATES - 1  # an evaluation split of no more records is too small for the attack
 """Backgrounds that the adversary chooses from."""
 
 _MOST_RECORDS = 200
@@ -67,7 +68,7 @@ def membership(trained: Trained, dataset: layers.Dataset, trained_on: str, not_t
         losses = []
         for rgba, private, label in chosen:
             others = [decoy for decoy in decoys if decoy is not private]
-            others = [others[index] for index in rng.permutation(len(others))[: CANDIDATES - 1]]
+            others = [others[index] for index in rng.permutation(len(others))[:DECOYS]]
             composite = np.stack(
                 [
                     resize(layers.composite(rgba, scene), trained.views.size)

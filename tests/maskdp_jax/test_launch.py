@@ -13,8 +13,12 @@ from maskdp_jax import checkpoint
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
+def run_flags(devices: int) -> str:
+    return f"--xla_force_host_platform_device_count={devices}"
+
+
 def run(words: list[str], devices: int) -> subprocess.CompletedProcess:
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(ROOT)}
+    flags = {"XLA_FLAGS": run_flags(devices), "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, *words], cwd=ROOT, env=os.environ | flags, capture_output=True, text=True)
 
 
@@ -27,8 +31,10 @@ def test_two_processes_of_two_devices_are_one_of_four(toy, dataset, tmp_path):
     for name in ("run.secret", "config.yaml"):
         shutil.copy(tmp_path / "two" / name, tmp_path / "one" / name)
     about = json.loads((tmp_path / "two" / "run.json").read_text())
-    assert about["devices"] == "4 cpu in 2 processes"
-    (tmp_path / "one" / "run.json").write_text(json.dumps(about | {"devices": "4 cpu in 1 processes"}))
+    assert about["environment"]["devices"] == "4 × cpu in 2 processes"
+    about["environment"]["devices"] = "4 × cpu in 1 processes"
+    about["environment"]["XLA_FLAGS"] = run_flags(4)
+    (tmp_path / "one" / "run.json").write_text(json.dumps(about))
     one = run(["-m", "maskdp", "train", *toy.arguments(dataset, tmp_path / "one", **changes)], devices=4)
     assert one.returncode == 0, one.stderr[-2000:]
     first, second = (checkpoint.load(tmp_path / name).weights for name in ("one", "two"))
