@@ -34,20 +34,23 @@ class Identity:
     Attributes:
         id: 32 hex digits; recorded in the dataset and in whatever is released of runs on it.
         contents: tag of the contents the id stands for; empty before the first write.
+        written: id in the shards of a copy that came without its secret; such a copy has an id of its own, since its
+            ledger begins with it.
     """
 
     path: pathlib.Path
     id: str
     contents: str
     key: bytes = dataclasses.field(repr=False)
+    written: str = ""
 
     @classmethod
-    def at(cls, folder: pathlib.Path, dataset_id: str | None = None, key: bytes | None = None) -> "Identity":
+    def at(cls, folder: pathlib.Path, written: str = "", key: bytes | None = None) -> "Identity":
         """The identity in `folder`; where there is none, a new one.
 
         Args:
             folder: where `dataset.secret` lies.
-            dataset_id: id of a dataset whose secret is lost, kept for the new identity.
+            written: id in the shards, where there are any.
             key: key of a new identity; by default 256 bits from the operating system.
 
         Raises:
@@ -55,7 +58,7 @@ class Identity:
         """
         path = folder / SECRET
         if not path.exists():
-            new = cls(path, dataset_id or _new_id(), "", key or secrets.token_bytes(_KEY_BYTES))
+            new = cls(path, _new_id(), "", key or secrets.token_bytes(_KEY_BYTES), written)
             try:
                 secret_file.create(path, new._bytes())
             except FileExistsError:
@@ -79,12 +82,13 @@ class Identity:
         tag = self.tag("contents", digest)
         if tag == self.contents:
             return self
-        renewed = dataclasses.replace(self, id=_new_id() if self.contents else self.id, contents=tag)
+        renewed = dataclasses.replace(self, id=_new_id() if self.contents else self.id, contents=tag, written="")
         secret_file.replace(self.path, renewed._bytes())
         return renewed
 
     def _bytes(self) -> bytes:
         fields = {"format": _FORMAT, "id": self.id, "contents": self.contents, "key": self.key.hex()}
+        fields |= {"written": self.written} if self.written else {}
         return (json.dumps(fields, indent=2) + "\n").encode()
 
 
@@ -94,7 +98,7 @@ def _parsed(path: pathlib.Path, data: bytes) -> Identity | None:
         fields = json.loads(data)
         key = bytes.fromhex(fields["key"])
         if fields["format"] == _FORMAT and len(key) == _KEY_BYTES and len(bytes.fromhex(fields["id"])) == 16:
-            return Identity(path, fields["id"], str(fields["contents"]), key)
+            return Identity(path, fields["id"], str(fields["contents"]), key, str(fields.get("written", "")))
     except (ValueError, KeyError, TypeError):
         pass
     return None

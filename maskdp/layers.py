@@ -301,13 +301,14 @@ class Dataset:
     def identity(self) -> identities.Identity:
         """The dataset's random id, and the key for comparisons on this machine.
 
-        A dataset that was copied without its secret gets a new key under its old id.
+        A dataset that was copied without its secret gets a new key and a new id: its ledger is another.
 
         Raises:
             UserError: the secret cannot be read or made, or belongs to other contents.
         """
-        identity = identities.Identity.at(self.folder, self.metadata.get("dataset_id"))
-        if identity.id != self.metadata.get("dataset_id", identity.id):
+        written = self.metadata.get("dataset_id", "")
+        identity = identities.Identity.at(self.folder, written)
+        if written not in (identity.id, identity.written):
             raise UserError(
                 f"{identity.path}: not the secret of this version of {self.path}; expected its own, or write it again"
             )

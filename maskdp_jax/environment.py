@@ -11,6 +11,7 @@ import cv2
 import jax
 
 import maskdp
+from maskdp.errors import UserError
 
 PACKAGES = ("maskdp", "jax", "jaxlib", "flax", "optax", "numpy", "dp-accounting")
 
@@ -34,12 +35,18 @@ def describe(devices: int) -> dict[str, str]:
         "python": platform.python_version(),
         **versions(),
         "code": code_digest(),
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        "XLA_FLAGS": _flags(jax.devices()[0].platform),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", ""),
         "LIBTPU_INIT_ARGS": os.environ.get("LIBTPU_INIT_ARGS", ""),
         "jax_enable_x64": str(jax.config.jax_enable_x64),
         "jax_default_matmul_precision": str(jax.config.jax_default_matmul_precision),
     }
+
+
+def _flags(platform: str) -> str:
+    """`XLA_FLAGS`, sorted, without those for GPUs where there is none."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    return " ".join(sorted(flag for flag in flags if platform in GPUS or not flag.startswith("--xla_gpu")))
 
 
 def _processor() -> str:
@@ -48,6 +55,33 @@ def _processor() -> str:
     lines = about.read_text().splitlines() if about.exists() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
+
+
+GPUS = ("gpu", "cuda", "rocm")
+_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+_FIXED_KERNELS = "--xla_gpu_autotune_level=0"  # measured choices differ from one start to the next
+
+
+def ask_for_determinism() -> None:
+    """Adds the XLA flags under which a GPU repeats a step bit for bit, where `XLA_FLAGS` does not name them.
+
+    Call it before JAX looks for devices.
+    """
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    for flag in (_DETERMINISTIC, _FIXED_KERNELS):
+        if not any(given.startswith(flag.partition("=")[0]) for given in flags):
+            flags.append(flag)
+    os.environ["XLA_FLAGS"] = " ".join(flags)
+
+
+def refuse_nondeterminism(platform: str, flags: str) -> None:
+    """Raises UserError on a GPU without `ask_for_determinism`'s flags.
+
+    A step that is replayed with the same noise and a slightly other sum is a second release, and the difference of the
+    two holds no noise.
+    """
+    if platform in GPUS and not {_DETERMINISTIC, _FIXED_KERNELS} <= set(flags.split()):
+        raise UserError(f"XLA_FLAGS: a private run on a GPU needs {_DETERMINISTIC} {_FIXED_KERNELS}, got {flags!r}")
 
 
 @functools.cache

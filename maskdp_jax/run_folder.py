@@ -8,12 +8,13 @@ import dataclasses
 import json
 import pathlib
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from maskdp import atomic
 from maskdp import config as config_files
 from maskdp.errors import UserError
+from maskdp_jax import lineage
 from maskdp_jax.config import TrainConfig
 from maskdp_jax.keys import RunSecret
 from maskdp_jax.mechanism import Mechanism
@@ -51,8 +52,9 @@ def create(
     labels: list[str],
     contents_tag: str,
     environment: Mapping[str, str],
+    sources: Sequence[lineage.Source],
 ) -> None:
-    """Opens a new run: secret, config and, last, `run.json`.
+    """Opens a new run: secret, config, lineage and, last, `run.json`.
 
     Raises:
         UserError: the folder holds something else, or another process was first.
@@ -66,6 +68,7 @@ def create(
     run_id = uuid.uuid4().hex
     RunSecret.create(folder / SECRET, run_id, _config_hash(config), contents_tag)
     atomic.write_text(folder / CONFIG, config_files.dump(config))
+    lineage.write(folder, sources)
     about = {
         "run_id": run_id,
         "contents": contents_tag,

@@ -44,6 +44,7 @@ class Rehearsal(Protocol):
 def main(arguments: Sequence[str]) -> int:
     """`maskdp train --config_path F [--a.b value]`."""
     config = config_files.parse(TrainConfig, list(arguments), "train")
+    environments.ask_for_determinism()
     parallel.join()
     folder = train(config)
     if jax.process_index() == 0:
@@ -101,12 +102,12 @@ def train(config: TrainConfig, rehearsal: Rehearsal | None = None) -> pathlib.Pa
     # ---- Privacy: one object for batches and ε, stored at the start; one secret behind every draw.
     plan = plan_mechanism(config, len(records), dataset.id)
     environment = environments.describe(layout.mesh.size)
+    if config.objective.private:
+        environments.refuse_nondeterminism(jax.devices()[0].platform, environment["XLA_FLAGS"])
     if jax.process_index() == 0 and not run_folder.started(folder):
         sources = _sources(config, start, clips, eval_clips, dataset.id)
-        run_folder.create(
-            folder, config, make_mechanism(config, len(records), dataset.id), clips.labels, contents, environment
-        )
-        lineage.write(folder, sources)
+        mechanism = make_mechanism(config, len(records), dataset.id)
+        run_folder.create(folder, config, mechanism, clips.labels, contents, environment, sources)
     _together("folder")
     run_id, secret, mechanism = run_folder.open_again(folder, config, plan, contents, environment)
     if jax.process_index() == 0:
@@ -219,7 +220,8 @@ def _sources(
     Raises:
         UserError: the start weights or the evaluation records depend on records that this run protects.
     """
-    own = lineage.of_clips(config.objective.name, dataset, clips)
+    reads_scene = clips.context == "none" or config.objective.name != "public_only"
+    own = lineage.of_clips(config.objective.name if reads_scene else "sgd", dataset, clips)  # avatars tell of the scene
     behind = _sources_behind(config, start, clips, dataset) if start else []
     if config.objective.name == "sgd" or eval_clips is None or config.data.eval_on_protected_records:
         return [own, *behind]

@@ -147,11 +147,13 @@ def test_id_is_random_and_stays_as_long_as_the_contents(tmp_path):
     assert write_one(tmp_path / "x", 1).id not in (first, noted)
 
 
-def test_a_copy_without_its_secret_keeps_its_id_and_gets_another_key(tmp_path):
+def test_a_copy_without_its_secret_gets_an_id_and_a_key_of_its_own(tmp_path):
+    """Its ledger is empty, so a run on it must not seem to be the first on the original."""
     dataset = write_one(tmp_path / "x", 0)
     shutil.copytree(dataset.path, tmp_path / "copy" / "shards")
     copy = layers.Dataset(tmp_path / "copy")
-    assert copy.id == dataset.id
+    assert copy.id != dataset.id
+    assert layers.Dataset(tmp_path / "copy").id == copy.id
     assert copy.contents_tag() != dataset.contents_tag()
 
 

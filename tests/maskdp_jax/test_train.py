@@ -345,6 +345,7 @@ def test_kill_minus_nine_changes_nothing(toy, dataset, tmp_path):
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and not any(path.name.isdigit() for path in checkpoints.glob("*")):
             time.sleep(0.002)
+        assert process.poll() is None, "the run ended before it could be killed"
         process.send_signal(signal.SIGKILL)
     cut = tmp_path / "cut"
     assert not (cut / "result.json").exists(), "the run ended before it could be killed"
@@ -396,3 +397,15 @@ def test_the_environment_names_all_that_a_view_or_a_step_depends_on(monkeypatch)
     assert known["processor"]
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "other")
     assert environment.describe(1) != known
+
+
+def test_a_gpu_must_repeat_a_step_bit_for_bit(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=4 --xla_dump_to=x")
+    environment.ask_for_determinism()
+    assert os.environ["XLA_FLAGS"].split()[2:] == ["--xla_gpu_deterministic_ops=true"]  # what the user set stays
+    with pytest.raises(UserError, match="a private run on a GPU needs"):
+        environment.refuse_nondeterminism("gpu", os.environ["XLA_FLAGS"])
+    environment.refuse_nondeterminism("cpu", "")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    environment.ask_for_determinism()
+    environment.refuse_nondeterminism("gpu", os.environ["XLA_FLAGS"])
