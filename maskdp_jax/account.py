@@ -157,7 +157,8 @@ def _ledger_main(arguments: list[str]) -> int:
         alone = mechanism.epsilon(entry.delta)
         words = (mechanism.objective, entry.split, mechanism.unit, mechanism.adjacency)
         table.add_row(entry.started[:16], entry.run[:8], *words, ledger.epsilon_words(alone), f"{entry.delta:g}")
-    Console().print(table)
+    if entries:
+        Console().print(table)
     for account in accounts:
         print(*ledger.sentences(account), sep="\n")
     if len(accounts) > 1:

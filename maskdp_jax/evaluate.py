@@ -55,6 +55,8 @@ def _clips(trained: checkpoint.Trained, path: str, split: str, labelled: bool) -
     dataset = layers.Dataset(path)
     if labelled and list(dataset.labels) != list(trained.labels):
         raise UserError(f"{path}: labels {', '.join(dataset.labels)}, expected the model's {', '.join(trained.labels)}")
+    if trained.card.get("epsilon") is not None and (dataset.id, split) == (trained.dataset, trained.views.split):
+        sys.stderr.write(f"{path}: the model protects the records of {split}; figures on them are not protected\n")
     config = dataclasses.replace(trained.views, path=path, cache=False)
     return Clips(dataset, split, config, labelled=labelled)
 

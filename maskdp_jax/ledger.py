@@ -134,13 +134,17 @@ def epsilon_words(epsilon: Epsilon) -> str:
     return upward(epsilon.value, 4) if math.isfinite(epsilon.value) else "no ε"
 
 
+def _all_runs(count: int) -> str:
+    return "the one private run" if count == 1 else f"all {count} private runs"
+
+
 def sentences(account: Account) -> list[str]:
     """What publishing the runs of one account costs, in words."""
     said = []
     if account.epsilon is not None:
         claim = f"{'' if math.isinf(account.epsilon.value) else 'ε = '}{epsilon_words(account.epsilon)}"
         said.append(
-            f"publishing all {account.runs} private runs on split {account.split} costs {claim} at δ = "
+            f"publishing {_all_runs(account.runs)} on split {account.split} costs {claim} at δ = "
             f"{account.epsilon.delta:g} for one {account.unit} of {account.records}, under {account.adjacency}"
         )
     if account.without_noise:

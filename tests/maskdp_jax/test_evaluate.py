@@ -32,6 +32,12 @@ def test_table_names_every_class(trained_run, dataset, toy, capsys):
     assert "composite" not in table
 
 
+@pytest.mark.parametrize(("split", "warned"), [("train", True), ("test", False)])
+def test_figures_on_protected_records_come_with_a_warning(trained_run, dataset, split, warned, capsys):
+    assert cli.main(["eval", str(trained_run), "--data", str(dataset), "--split", split]) == 0
+    assert ("are not protected" in capsys.readouterr().err) == warned
+
+
 def test_other_labels_are_refused(trained_run, tmp_path, toy, capsys):
     clip = toy.clip(0, np.random.default_rng(0))
     layers.write_dataset(tmp_path, {"test": [clip]}, ("a", "b", "c", "d"), private_format="png")
