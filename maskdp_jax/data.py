@@ -53,12 +53,11 @@ class Clips:
     Attributes:
         keys: of every clip (if `labelled`, every one with a label); a position in this list is a clip's number below.
         labels: class names.
-        context: what the avatars were drawn from.
     """
 
     def __init__(self, dataset: layers.Dataset, split: str, config: DataConfig, labelled: bool = True):
         self._records, self._config, self._memory = dataset[split], config, {}
-        self.labels, self.context = list(dataset.labels), dataset.metadata.get("context")
+        self.labels = list(dataset.labels)
         self.keys = [
             Keys(index, record.clip_id, record.label, record.video_id, record.scene_id, record.subject_ids)
             for index, record in enumerate(self._records)

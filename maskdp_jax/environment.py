@@ -36,7 +36,7 @@ def describe(devices: int) -> dict[str, str]:
         **versions(),
         "code": code_digest(),
         "XLA_FLAGS": _flags(jax.devices()[0].platform),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", ""),
+        "jax_disable_most_optimizations": str(jax.config.values.get("jax_disable_most_optimizations")),
         "LIBTPU_INIT_ARGS": os.environ.get("LIBTPU_INIT_ARGS", ""),
         "jax_enable_x64": str(jax.config.jax_enable_x64),
         "jax_default_matmul_precision": str(jax.config.jax_default_matmul_precision),

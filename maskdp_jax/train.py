@@ -105,7 +105,7 @@ def train(config: TrainConfig, rehearsal: Rehearsal | None = None) -> pathlib.Pa
     if config.objective.private:
         environments.refuse_nondeterminism(jax.devices()[0].platform, environment["XLA_FLAGS"])
     if jax.process_index() == 0 and not run_folder.started(folder):
-        sources = _sources(config, start, clips, eval_clips, dataset.id)
+        sources = _sources(config, start, clips, eval_clips, dataset)
         mechanism = make_mechanism(config, len(records), dataset.id)
         run_folder.create(folder, config, mechanism, clips.labels, contents, environment, sources)
     _together("folder")
@@ -213,16 +213,23 @@ def make_mechanism(config: TrainConfig, num_units: int, dataset: str = "") -> Me
 
 
 def _sources(
-    config: TrainConfig, start: checkpoint.Trained | None, clips: Clips, eval_clips: Clips | None, dataset: str
+    config: TrainConfig,
+    start: checkpoint.Trained | None,
+    clips: Clips,
+    eval_clips: Clips | None,
+    dataset: layers.Dataset,
 ) -> list[lineage.Source]:
     """The sources behind the weights of a new run: itself, and those behind its start weights.
 
     Raises:
         UserError: the start weights or the evaluation records depend on records that this run protects.
     """
-    reads_scene = clips.context == "none" or config.objective.name != "public_only"
-    own = lineage.of_clips(config.objective.name if reads_scene else "sgd", dataset, clips)  # avatars tell of the scene
-    behind = _sources_behind(config, start, clips, dataset) if start else []
+    # avatars drawn in view of the scene tell of it, so that learning from them alone reads private layers too
+    tells = dataset.metadata.get("context") != "none" and config.objective.name == "public_only"
+    own = lineage.of_clips(
+        "sgd" if tells else config.objective.name, dataset.id, clips
+    )  # its avatars tell of the scene
+    behind = _sources_behind(config, start, clips, dataset.id) if start else []
     if config.objective.name == "sgd" or eval_clips is None or config.data.eval_on_protected_records:
         return [own, *behind]
     shared = shared_units(config.privacy, clips.keys, eval_clips.keys)

@@ -1,6 +1,18 @@
+import os
+import tempfile
+
 import pytest
 
 from anonymize import weights
+
+# Tests compile more than they compute. Set before any test module imports jax, which reads them once; child processes
+# inherit them and reuse what was compiled here.
+_COMPILED = tempfile.TemporaryDirectory(prefix="maskdp-compiled-")
+os.environ |= {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_COMPILATION_CACHE_DIR": _COMPILED.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,22 +1,12 @@
 """A small two-layer dataset: the avatar's colour tells part of the label, the scene behind it the rest."""
 
-import os
 import pathlib
-import tempfile
 import types
 
 import numpy as np
 import pytest
 
 from maskdp import layers
-
-# Tests compile more than they compute. Both settings reach child processes, which so reuse what was compiled here.
-_COMPILED = tempfile.TemporaryDirectory(prefix="maskdp-compiled-")
-os.environ |= {
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "JAX_COMPILATION_CACHE_DIR": _COMPILED.name,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
 
 LABELS = ("wave", "bend", "jump", "sit")
 COLOURS = np.array([[220, 60, 60], [60, 200, 60], [60, 60, 220], [200, 200, 60]])
