@@ -94,7 +94,7 @@ class Mechanism:
         noise_multiplier: σ, in units of `l2_clip_norm` and never rescaled by the sensitivity.
         l2_clip_norm: C.
         max_batch: slots of a Poisson batch; what exceeds them is dropped uniformly at random and accounted. By default
-            so many that no batch of the run overflows but with probability 1e-24.
+            enough that any batch of the run overflows with probability at most 1e-24.
         public_batch: size of the public batch under `independent`; `batch_size` by default.
         exact: the release is made in integers (`lattice.Lattice`), not in floating point.
         unit: what one record is: `video`, `subject` or `scene`.
