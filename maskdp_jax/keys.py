@@ -11,14 +11,13 @@ import json
 import os
 import pathlib
 import secrets
-import stat
 import tempfile
-from typing import TextIO
 
 import numpy as np
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
+from maskdp import secret_file
 from maskdp.errors import UserError
 
 _BYTES = 32
@@ -77,16 +76,10 @@ class RunSecret:
         Raises:
             UserError: it is missing, readable by others, not a run secret, or bound to another run, config or dataset.
         """
-        path = pathlib.Path(path)
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}, expected the secret of run {run_id}") from None
-        with os.fdopen(descriptor) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode) or stat.S_IMODE(status.st_mode) & 0o077:
-                raise UserError(f"{path}: mode {stat.S_IMODE(status.st_mode):04o}, expected a file of mode 0600")
-            loaded, binding = cls._read(file, run_id, config_hash, data_fingerprint)
+        # no local holds the bytes, so that no traceback does
+        loaded, binding = cls._read(
+            secret_file.read(path, f"the secret of run {run_id}"), run_id, config_hash, data_fingerprint
+        )
         if loaded is None:
             raise UserError(f"{path}: expected a {_FORMAT!r} file")
         if not hmac.compare_digest(binding, loaded._binding):
@@ -94,10 +87,10 @@ class RunSecret:
         return loaded
 
     @classmethod
-    def _read(cls, file: TextIO, *bound_to: str) -> "tuple[RunSecret, bytes] | tuple[None, None]":
-        """The secret and the binding in a file; it returns rather than raises, so no traceback holds what was read."""
+    def _read(cls, data: bytes, *bound_to: str) -> "tuple[RunSecret, bytes] | tuple[None, None]":
+        """Secret and binding in a file's bytes; it returns rather than raises, so no traceback holds what was read."""
         try:
-            entry = json.load(file)
+            entry = json.loads(data)
             if entry["format"] == _FORMAT:
                 return cls(bytes.fromhex(entry["secret"]), *bound_to), bytes.fromhex(entry["binding"])
         except (ValueError, KeyError, TypeError):

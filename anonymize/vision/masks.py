@@ -37,3 +37,12 @@ def grown(mask: np.ndarray, radius: float, down: float = 0) -> np.ndarray:
     """A mask (T, H, W) grown by a radius, and `down` pixels further downwards, where shadows lie."""
     disc, line = cues.disc(radius), np.ones((round(down) + 1, 1), np.uint8)
     return np.stack([cv2.dilate(cv2.dilate(m.astype(np.uint8), disc), line, anchor=(0, round(down))) for m in mask]) > 0
+
+
+def whole(unseen: np.ndarray, margin: float) -> np.ndarray:
+    """Places never seen free, (H, W) bool, closed, without holes, grown by the margin; specks are left as they are."""
+    closed = cv2.morphologyEx(unseen.astype(np.uint8), cv2.MORPH_CLOSE, cues.disc(3 * margin))
+    outlines, _ = cv2.findContours(closed, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    large = [outline for outline in outlines if cv2.contourArea(outline) > 0.002 * unseen.size]
+    filled = cv2.drawContours(np.zeros(unseen.shape, np.uint8), large, -1, 1, cv2.FILLED)
+    return cues.dilated(filled, margin) | unseen

@@ -23,7 +23,7 @@ from anonymize.people.blazepose.tracks import BODY, Follower, Track
 from anonymize.people.embedded import person_net
 from anonymize.people.embedded.person_net import JOINTS
 from anonymize.vision import cues
-from anonymize.vision.masks import body_below, filled, grown
+from anonymize.vision.masks import body_below, filled, grown, whole
 from maskdp.config import positive
 from maskdp.errors import UserError
 
@@ -135,7 +135,7 @@ class BlazePoseFinder:
             known &= ~cues.ghosts(frames, background, moved)
             moved &= known
             removal |= grown(moved, margin, down=margin)
-            removal |= _whole(~known, margin)
+            removal |= whole(~known, margin)
         persons = tuple(self._person(number, track, frames, fps) for number, track in enumerate(people))
         persons = _apart(persons)
         notes = {
@@ -347,12 +347,3 @@ def _hull(mask: np.ndarray) -> np.ndarray:
     if points is None:
         return mask
     return cv2.fillConvexPoly(np.zeros(mask.shape, np.uint8), cv2.convexHull(points), 1) > 0
-
-
-def _whole(unseen: np.ndarray, margin: float) -> np.ndarray:
-    """Places never seen free, (H, W) bool, closed, without holes, grown by the margin; specks are left as they are."""
-    closed = cv2.morphologyEx(unseen.astype(np.uint8), cv2.MORPH_CLOSE, cues.disc(3 * margin))
-    outlines, _ = cv2.findContours(closed, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    large = [outline for outline in outlines if cv2.contourArea(outline) > 0.002 * unseen.size]
-    filled = cv2.drawContours(np.zeros(unseen.shape, np.uint8), large, -1, 1, cv2.FILLED)
-    return cues.dilated(filled, margin) | unseen

@@ -17,7 +17,7 @@ from anonymize.people.coverage import cover
 from anonymize.people.embedded import joints, person_net, split
 from anonymize.people.embedded.outline import sharpened
 from anonymize.vision import cues
-from anonymize.vision.masks import grown, iou
+from anonymize.vision.masks import grown, iou, whole
 from maskdp.config import positive
 
 _BELOW = 0.45  # of their height: what may be missing below the outline of somebody who stays: all below the knees
@@ -95,7 +95,7 @@ class EmbeddedFinder:
         moved &= known
         upright = {t: cues.hog_people(frames[t]) for t in cues.sample_times(len(frames), config.looks)}
         tracks, others = _tracks(votes, likely, moved, upright, cues.stirring(frames, fps), config, fps)
-        removal = grown(likely | moved, margin, down=margin) | _whole(~known, margin)
+        removal = grown(likely | moved, margin, down=margin) | whole(~known, margin)
         everybody = np.any([track.masks for track in tracks], axis=0)
         for track in tracks:
             cover(removal, track, margin)
@@ -346,15 +346,6 @@ def _blobs(mask: np.ndarray, margin: float, least: float = 0.002) -> list[tuple[
         if piece.sum() > least * mask.size:
             found.append((piece, _box(piece)))
     return found
-
-
-def _whole(unseen: np.ndarray, margin: float) -> np.ndarray:
-    """Places never seen free, (H, W) bool, closed, without holes, grown by the margin; specks are left as they are."""
-    closed = cv2.morphologyEx(unseen.astype(np.uint8), cv2.MORPH_CLOSE, cues.disc(3 * margin))
-    outlines, _ = cv2.findContours(closed, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    large = [outline for outline in outlines if cv2.contourArea(outline) > 0.002 * unseen.size]
-    filled = cv2.drawContours(np.zeros(unseen.shape, np.uint8), large, -1, 1, cv2.FILLED)
-    return cues.dilated(filled, margin) | unseen
 
 
 def _left_behind(background: np.ndarray, known: np.ndarray, margin: float) -> np.ndarray:
